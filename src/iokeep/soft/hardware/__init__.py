@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hardware of the software host: registers, IOMMU, DMA engines."""
