@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shared settings: no Hypothesis deadline (compiled code would make it flaky); failing examples print how to replay."""
+
+from hypothesis import settings
+
+settings.register_profile("iokeep", deadline=None, print_blob=True)
+settings.load_profile("iokeep")
