@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make run` and `make test` are all the set-up there is: each makes the environment that it needs, once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_FLAGS := --require-hashes --only-binary=:all: --disable-pip-version-check --no-input
+
+.PHONY: run test lint types check clean help
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make run    a rehearsed live update with live DMA, on this machine: no hardware, no root"
+	@echo "make test   the whole test-suite"
+	@echo "make lint   ruff and codespell      make types  mypy --strict      make check  all of it"
+	@echo "make clean  removes the environment and caches"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "iokeep needs python3 >= 3.11; '$(PYTHON)' is not (set PYTHON=...)" >&2; exit 4; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "python3 has no venv module: apt-get install python3-venv" >&2; exit 4; }
+	@echo "set-up: making $(VENV) (once)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/run.stamp: requirements/run.lock pyproject.toml | $(BIN)/python
+	@echo "set-up: installing what iokeep runs on, from requirements/run.lock (once; about 80 MB)"
+	@$(BIN)/python -m pip install $(PIP_FLAGS) -r requirements/run.lock $(if $(CI),--quiet,)
+	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/dev.stamp: requirements/dev.lock $(VENV)/run.stamp
+	@echo "set-up: installing the test tools, from requirements/dev.lock (once)"
+	@$(BIN)/python -m pip install $(PIP_FLAGS) -r requirements/dev.lock $(if $(CI),--quiet,)
+	@touch $@
+
+run: $(VENV)/run.stamp
+	@$(BIN)/iokeep rehearse $(ARGS)
+
+test: $(VENV)/dev.stamp
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/dev.stamp
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/codespell README.md CHANGELOG.md CONTRIBUTING.md docs src tests --skip '*.json,*.tsv,*.npz'
+
+types: $(VENV)/dev.stamp
+	@$(BIN)/mypy
+
+check: lint types test
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests tools -name __pycache__ -prune -exec rm -rf {} +
