@@ -22,7 +22,8 @@ TEXT_PROT = {text: bits for bits, text in PROT_TEXT.items()}
 class Extents:
     """Arrays of equal length n, sorted by iova, disjoint.
 
-    ``iova`` uint64[n] first IOVA; ``last`` uint64[n] last IOVA (closed); ``pa`` uint64[n] OA of the first byte;
+    ``iova`` uint64[n] first IOVA; ``last`` uint64[n] last IOVA (closed); ``pa`` uint64[n] OA of the first
+    byte;
     ``prot`` uint8[n] of PROT_R | PROT_W.
     """
 

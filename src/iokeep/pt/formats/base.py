@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a page-table format says of itself: levels, index bits, masks and encodings, all as data.
 
-Vocabulary of the kernel's generic_pt: level 0 holds the smallest leaves, the top level is the root; an *item* is
-one slot of a table, an *entry* may be several items (contiguous); ``_lg2`` are log2 sizes in bytes.
+Vocabulary of the kernel's generic_pt: level 0 holds the smallest leaves, the top level is the root; an *item*
+is one slot of a table, an *entry* may be several items (contiguous); ``_lg2`` are log2 sizes in bytes.
 
-The word columns below (``SHIFT`` ... ) are one row per level. They are all that a walker needs, in the engine as in
-the software IOMMU, so that both serve every format by the same code.
+The word columns below (``SHIFT`` ... ) are one row per level. They are all that a walker needs, in the engine
+as in the software IOMMU, so that both serve every format by the same code.
 """
 
 from __future__ import annotations
@@ -35,10 +35,20 @@ class LevelSpec:
     :param tr_mask: a table item lets reads through where ``(item & tr_mask) == tr_value``; likewise ``tw_*``.
         (0, 0 = always.)
     :param leaf_reserved: bits that must be zero in a leaf. :param table_reserved: likewise in a table item.
-    :param leaf_ignored: bits that hardware ignores in a leaf or writes itself (accessed, dirty), and that are no
+    :param leaf_ignored: bits that hardware ignores in a leaf or writes itself (accessed, dirty), and that are
+    no
         part of equality. :param table_ignored: likewise in a table item.
     :param leaf_base: bits that the kernel sets in every leaf of this level, besides OA and permissions.
     :param table_base: bits that the kernel sets in every table item.
+    :param prot_bits: bits that a leaf adds for prot 0 ... 3 (PROT_R | PROT_W). Where the format cannot say
+        write-only, [PROT_W] equals [PROT_R | PROT_W].
+    :param leaf_attrs: memory attributes and features of a leaf: neither translation nor permission, but part
+    of
+        equality; ``(item & leaf_attrs)`` must equal ``leaf_attrs_value``. :param table_attrs: likewise in a
+        table item, where all must be zero.
+
+    In a leaf, every bit belongs to exactly one of: valid/permission, leaf_mask, leaf_pa_mask, leaf_attrs,
+    leaf_ignored, leaf_reserved; likewise in a table item. A test holds every format to that.
     """
 
     shift: int
@@ -64,6 +74,15 @@ class LevelSpec:
     table_ignored: int
     leaf_base: int
     table_base: int
+    prot_bits: tuple[int, int, int, int]
+    leaf_attrs: int = 0
+    leaf_attrs_value: int = 0
+    table_attrs: int = 0
+
+    @property
+    def items(self) -> int:
+        """Items in a table of this level."""
+        return 1 << self.index_bits
 
 
 #: columns of :meth:`Format.words`, uint64[n_levels, len(COLUMNS)]
@@ -119,6 +138,57 @@ class Format:
         """Number of IOVA bits that the table translates."""
         top = self.levels[-1]
         return top.shift + top.index_bits
+
+    @property
+    def leaf_lg2s(self) -> tuple[int, ...]:
+        """Log2 of every leaf size in bytes, smallest first."""
+        return tuple(level.shift for level in self.levels if level.leaf)
+
+    @property
+    def item_dtype(self) -> np.dtype[np.unsignedinteger]:
+        """How one item lies in memory."""
+        return np.dtype(f"{self.byte_order}u{self.item_bytes}")
+
+    def covers(self, iova: int) -> bool:
+        """True where the table can translate this IOVA; with sign extension the upper half counts."""
+        if self.sign_extend:
+            high = iova >> (self.input_lg2 - 1)
+            return high in (0, (1 << (65 - self.input_lg2)) - 1)
+        return iova >> self.input_lg2 == 0
+
+    def covers_array(self, iovas: U64) -> NDArray[np.bool_]:
+        """:meth:`covers` of whole arrays."""
+        if self.sign_extend:
+            high: U64 = iovas >> np.uint64(self.input_lg2 - 1)
+            ok: NDArray[np.bool_] = (high == np.uint64(0)) | (
+                high == np.uint64((1 << (65 - self.input_lg2)) - 1)
+            )
+            return ok
+        if self.input_lg2 == 64:
+            return np.ones(iovas.shape, np.bool_)
+        low: NDArray[np.bool_] = (iovas >> np.uint64(self.input_lg2)) == np.uint64(0)
+        return low
+
+    def extend(self, raw: U64) -> U64:
+        """IOVAs from their input bits: sign-extended where the format does so."""
+        if not self.sign_extend:
+            return raw
+        top = np.uint64(1 << (self.input_lg2 - 1))
+        return (raw ^ top) - top
+
+    def leaf_items(self, level: int, pa: U64, prot: NDArray[np.uint8]) -> U64:
+        """Leaf items as the kernel writes them, before byte order, after ``invert``.
+
+        :param pa: OAs, uint64[n], multiples of the leaf size within ``leaf_pa_mask``.
+        :param prot: uint8[n] of 1 ... 3.
+        """
+        spec = self.levels[level]
+        perms = np.array(spec.prot_bits, np.uint64) | np.uint64(spec.leaf_base)
+        return (pa | perms[prot]) ^ np.uint64(self.invert)
+
+    def table_items(self, level: int, pa: U64) -> U64:
+        """Items of this level that point to the tables at ``pa``, as the kernel writes them."""
+        return (pa | np.uint64(self.levels[level].table_base)) ^ np.uint64(self.invert)
 
     def words(self) -> U64:
         """The masks as uint64[n_levels, len(COLUMNS)], row = level, for array code and compiled walkers."""
