@@ -7,7 +7,7 @@ Behaviour and errnos follow kernel/liveupdate/luo_core.c, luo_session.c and luo_
   fails the device gives EIO for good;
 * sessions that were made here are *outgoing*, sessions that came over the kexec are *incoming*;
 * closing an outgoing session unpreserves its files in reverse order; closing an incoming one is an implicit
-  finish, and where that fails the session stays listed, marked retrieved, so that nobody can retrieve it again.
+  finish, and where that fails the session stays listed, marked retrieved: nobody can retrieve it again.
 
 What a kind of file needs to survive is in its :class:`FileHandler`.
 """
@@ -67,7 +67,7 @@ class FileHandler:
         """Undo :meth:`freeze` when the reboot fails."""
 
     def check_incoming(self, session: Session, entry: LuoFile) -> None:
-        """Read what came over the kexec, once, at deserialisation. Raises SysError where it cannot be used."""
+        """Read what came over the kexec, at deserialisation. Raises SysError where it cannot be used."""
 
     def retrieve(self, session: Session, entry: LuoFile) -> File:
         """Make the file again in the new kernel; the caller owns one reference."""
@@ -168,12 +168,12 @@ class Luo:
         self._error = 0
         self._frozen_files: list[tuple[Session, LuoFile]] = []
 
-    # --- the device -------------------------------------------------------------------------------------------
+    # ---- the device
 
     def open_device(self) -> None:
         """luo_open(): a singleton; reads the handover at the first open.
 
-        :raises SysError: EBUSY another opener; EIO what was handed over cannot be used, the same on every open.
+        :raises SysError: EBUSY another opener; EIO what was handed over cannot be used, on every open.
         """
         if self.device_open:
             raise SysError(errno.EBUSY)
@@ -221,7 +221,7 @@ class Luo:
             for name in entry.handler.flb:
                 self.flb_count[name] = self.flb_count.get(name, 0) + 1
 
-    # --- sessions ---------------------------------------------------------------------------------------------
+    # ---- sessions
 
     @staticmethod
     def name_of(raw: bytes) -> str:
@@ -271,13 +271,13 @@ class Luo:
             return
         self.incoming.remove(session)
 
-    # --- files ------------------------------------------------------------------------------------------------
+    # ---- files
 
     def preserve(self, session: Session, token: int, file: File | None) -> None:
         """luo_preserve_file(). ``file``: None for a bad fd.
 
-        :raises SysError: EINVAL incoming session; EEXIST token; ENOSPC; EBADF; ENOENT no handler takes such a file;
-            EBUSY preserved already; what the handler says.
+        :raises SysError: EINVAL incoming session; EEXIST token; ENOSPC; EBADF; ENOENT no handler takes such a
+            file; EBUSY preserved already; what the handler says.
         """
         if session.incoming:
             raise SysError(errno.EINVAL, "PRESERVE_FD on an incoming session")
@@ -320,7 +320,7 @@ class Luo:
     def retrieve(self, session: Session, token: int) -> File:
         """luo_retrieve_file(): any order, any number of times; the caller owns one reference.
 
-        :raises SysError: EINVAL outgoing session; ENOENT token; what the handler said, the same for ever after.
+        :raises SysError: EINVAL outgoing session; ENOENT token; what the handler said, for ever after.
         """
         if not session.incoming:
             raise SysError(errno.EINVAL, "RETRIEVE_FD on an outgoing session")
@@ -369,7 +369,7 @@ class Luo:
         assert entry.file is not None
         self.preserved.pop(entry.handler.get_id(entry.file), None)
 
-    # --- reboot -----------------------------------------------------------------------------------------------
+    # ---- reboot
 
     def freeze(self) -> list[IncomingSession]:
         """liveupdate_reboot(): freeze every file of every outgoing session, first preserved first.
