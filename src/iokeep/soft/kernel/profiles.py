@@ -2,7 +2,8 @@
 """Which kernel a boot of the software host is: what it offers, what it writes, and what it is tested to read.
 
 ``soft-7.3`` and ``soft-7.4`` are Linux 7.3 with the live-update half of iommufd that docs/adoption-uapi.md
-proposes. ``soft-7.2`` has it too, from before the records were what they are now: it knows none of their versions.
+proposes. ``soft-7.2`` has it too, from before the records were what they are now: it knows none of their
+versions.
 ``linux-7.3`` is mainline: memfds are preserved, iommufd and VFIO are not (PRESERVE_FD gives ENOENT), and its
 IOMMU driver starts from nothing at every boot.
 """
@@ -26,8 +27,8 @@ class Profile:
 
     :param name: what --profile says. :param release: what uname -r would say (it is in the kexec metadata).
     :param liveupdate: it has the ioctls and handlers of the proposal.
-    :param iommufd_record: version of the iommufd's LUO record that it writes and reads; ``iommu_record`` likewise
-        (the FLB of the IOMMU core) and ``vfio_record``.
+    :param iommufd_record: version of the iommufd's LUO record that it writes and reads; ``iommu_record``
+        likewise (the FLB of the IOMMU core) and ``vfio_record``.
     :param formats: table formats that it is tested to adopt -> the features that it knows in each.
     """
 
