@@ -229,7 +229,11 @@ class Luo:
         end = raw.find(b"\0")
         if end <= 0:
             raise SysError(errno.EINVAL)
-        return raw[:end].decode("utf-8", "surrogateescape")
+        try:
+            return raw[:end].decode()
+        except UnicodeDecodeError:
+            # Linux takes any bytes; the handover library of this project wants text.
+            raise SysError(errno.EINVAL, f"session name {raw[:end]!r} is not UTF-8") from None
 
     def create(self, name: str) -> Session:
         """luo_session_create(). :raises SysError: EEXIST; ENOMEM too many; EBUSY the reboot has begun."""

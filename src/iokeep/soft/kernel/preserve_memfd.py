@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a memfd crosses the kexec: mm/memfd_luo.c of Linux 7.3, record "memfd-v2", the same bytes.
+
+While preserved its size and pages are frozen (EPERM for truncate, punch and growing writes), ordinary writes
+go on. Holes are filled first, every frame is pinned. A 2 MiB aligned block that is one folio is preserved as
+one block of order 9.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from iokeep.handover.abi import MEMFD_LUO_ALL_SEALS, MEMFD_LUO_FH_COMPATIBLE
+from iokeep.handover.writer import MemfdOut, write_memfd
+from iokeep.mem.memory import U64
+from iokeep.soft.kernel.files import File, Memfd
+from iokeep.soft.kernel.frames import BLOCK, FRAME_BYTES, I64, Claim, Kind
+from iokeep.soft.kernel.luo import FileHandler, LuoFile, Session
+from iokeep.soft.kernel.syserror import SysError
+
+if TYPE_CHECKING:
+    from iokeep.soft.kernel.kernel import Kernel
+    from iokeep.soft.kernel.kho import KhoOut
+
+#: order of a 2 MiB folio
+HUGE_ORDER = 9
+_UINT_MAX = 2**32 - 1
+
+
+@dataclass(slots=True, eq=False)
+class PreservedMemfd:
+    """What LUO holds of a preserved memfd: its pinned frames."""
+
+    memfd: Memfd
+    pfns: I64
+
+    def claims(self) -> Iterable[Claim]:
+        """The pins."""
+        yield Claim(f"live update of {self.memfd.name}", self.pfns, refs=1, pins=1)
+
+
+@dataclass(slots=True, eq=False)
+class IncomingMemfd:
+    """A memfd as it came over the kexec; until somebody retrieves it the boot holds its frames.
+
+    ``pages`` int64[n] page numbers in the file, ``pfns`` int64[n] their frames, one row per 4 KiB page.
+    """
+
+    token: int
+    pos: int
+    size: int
+    seals: int
+    pages: I64
+    pfns: I64
+    tag: int
+    #: no longer held by the boot: retrieved or freed
+    gone: bool = False
+
+    def claims(self) -> Iterable[Claim]:
+        """The frames, while nobody has them."""
+        if not self.gone:
+            yield Claim(f"preserved memfd, token {self.token:#x}", self.pfns)
+
+
+def folios(pfns: I64) -> tuple[I64, I64, I64]:
+    """(first pfn, page number, order) of each folio of a file whose pages have these frames.
+
+    A block of 512 pages at a multiple of 512, in one 2 MiB aligned run of frames, is one folio of order 9:
+    that is how the page cache allocates it (:meth:`PageFile._whole_blocks`).
+    """
+    n = len(pfns)
+    whole = n // BLOCK * BLOCK
+    blocks = pfns[:whole].reshape(-1, BLOCK)
+    huge = (
+        (blocks[:, 0] % BLOCK == 0) & (np.diff(blocks, axis=1) == 1).all(axis=1)
+        if whole
+        else np.zeros(0, bool)
+    )
+    first = np.ones(n, np.bool_)
+    first[:whole] = (~np.repeat(huge, BLOCK)) | (np.arange(whole) % BLOCK == 0)
+    index = np.flatnonzero(first).astype(np.int64)
+    order = np.zeros(n, np.int64)
+    order[:whole] = np.repeat(huge, BLOCK) * HUGE_ORDER
+    return pfns[index], index, order[index]
+
+
+@dataclass(eq=False)
+class MemfdHandler(FileHandler):
+    """LUO handler "memfd-v2".
+
+    :param out: the KHO output of the freeze that is going on.
+    :param incoming: what came over the kexec by the pa of its record.
+    """
+
+    kernel: Kernel
+    out: Callable[[], KhoOut]
+    incoming: dict[int, IncomingMemfd] = field(default_factory=dict)
+    held: list[PreservedMemfd] = field(default_factory=list)
+
+    compatible = MEMFD_LUO_FH_COMPATIBLE
+
+    def can_preserve(self, file: File) -> bool:
+        """A shmem file that no directory names."""
+        return isinstance(file, Memfd)
+
+    def get_id(self, file: File) -> Hashable:
+        """The inode: one memfd opened twice is still one."""
+        return ("inode", file.ino)
+
+    def preserve(self, session: Session, file: File, token: int) -> PreservedMemfd:
+        """Freeze size and pages, fill holes, pin. :raises SysError: EOPNOTSUPP seals; EFBIG; ENOMEM."""
+        assert isinstance(file, Memfd)
+        if file.seals & ~MEMFD_LUO_ALL_SEALS:
+            raise SysError(errno.EOPNOTSUPP, f"memfd {file.name}: seals {file.seals:#x} cannot be carried")
+        if file.n_pages > _UINT_MAX:
+            raise SysError(errno.EFBIG, f"memfd {file.name}: {file.n_pages} pages")
+        pfns = file.fault(0, file.n_pages - 1) if file.n_pages else np.zeros(0, np.int64)
+        self.kernel.frames.pin(pfns)
+        file.preserved = True
+        private = PreservedMemfd(file, pfns)
+        self.held.append(private)
+        return private
+
+    def unpreserve(self, file: File, private: PreservedMemfd) -> None:
+        """Unpin; the file may change again."""
+        self.kernel.frames.unpin(private.pfns)
+        private.memfd.preserved = False
+        self.held.remove(private)
+
+    def freeze(self, file: File, private: PreservedMemfd) -> int:
+        """Write memfd_luo_ser and the folios; position and seals as they are now."""
+        out, memfd = self.out(), private.memfd
+        pfn, index, order = folios(private.pfns)
+        out.preserve(pfn[order == 0])
+        out.preserve(pfn[order == HUGE_ORDER], HUGE_ORDER)
+        record = MemfdOut(
+            pos=file.pos,
+            size=memfd.size,
+            seals=memfd.seals,
+            pfn=pfn.astype(np.uint64),
+            index=index.astype(np.uint64),
+        )
+        return write_memfd(self.kernel.frames.ram, out.alloc, record)
+
+    def claims(self) -> Iterable[Claim]:
+        """Pins of preserved files, and frames of incoming ones that nobody has."""
+        for private in self.held:
+            yield from private.claims()
+        for memfd in self.incoming.values():
+            yield from memfd.claims()
+
+    # ---- in the new kernel
+
+    def check_incoming(self, session: Session, entry: LuoFile) -> None:
+        """Its record was read at boot."""
+        if entry.data not in self.incoming:
+            raise SysError(errno.EIO, f"no memfd record at {entry.data:#x}")
+
+    def retrieve(self, session: Session, entry: LuoFile) -> File:
+        """A memfd with the same frames, size, position and seals; its name is gone, as in Linux."""
+        record = self.incoming[entry.data]
+        kernel = self.kernel
+        file = Memfd(kernel, "")
+        if record.tag:
+            # The inode number is the owner tag of the frames, and those carry the one of the old kernel.
+            del kernel.files[file.ino]
+            file.ino = record.tag
+            kernel.files[file.ino] = file
+        kernel.frames.give(record.pfns, file.tag, Kind.MEMFD)
+        file.adopt_pages(record.size, record.pages, record.pfns)
+        file.pos = record.pos
+        file.seals = record.seals
+        record.gone = True
+        return file
+
+    def finish(self, session: Session, entry: LuoFile) -> None:
+        """memfd_luo_finish(): what nobody retrieved is freed."""
+        record = self.incoming.get(entry.data)
+        if record is not None and not record.gone:
+            record.gone = True
+            self.kernel.frames.put(record.pfns)
+
+
+def expand(first: U64, index: U64, order: I64, size: int) -> tuple[I64, I64]:
+    """(page numbers, pfns), one row per 4 KiB page inside ``size`` bytes, of folios as the record lists them.
+
+    :raises ValueError: two folios cover one page, or one frame is in two folios.
+    """
+    counts = np.int64(1) << order
+    total = int(counts.sum()) if len(counts) else 0
+    within = np.arange(total, dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
+    pages = np.repeat(index.astype(np.int64), counts) + within
+    pfns = np.repeat(first.astype(np.int64), counts) + within
+    if len(np.unique(pages)) != total:
+        raise ValueError("two folios cover the same page of the file")
+    if len(np.unique(pfns)) != total:
+        raise ValueError("a frame is in two folios")
+    inside = pages < -(-size // FRAME_BYTES)
+    if not inside.all():
+        raise ValueError(f"page {int(pages[~inside][0])} lies past the size of {size:#x} bytes")
+    return pages, pfns
+
