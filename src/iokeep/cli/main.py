@@ -59,8 +59,9 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="iokeep",
         description="Live update for iommufd: carry IO address spaces over a kexec, and prove them equal.",
-        epilog="Exit codes: 0 fine or equal, 1 difference, violation or refused restore, 2 usage, 3 bad input, "
-        "4 missing capability, 5 kernel refused and rolled back, 6 not all rolled back, 70 a bug of ours.",
+        epilog="Exit codes: 0 fine or equal, 1 difference, violation or refused restore, 2 usage, "
+        "3 bad input, 4 missing capability, 5 kernel refused and rolled back, "
+        "6 not all rolled back, 70 a bug of ours.",
     )
     parser.add_argument("-V", "--version", action=_Version, nargs=0, help="show versions and exit")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")

@@ -112,6 +112,11 @@ class Format:
     :param sign_extend: the IOVA's bits above the input size equal its top input bit.
     :param write_only: the format can say write-only; where not, "-w" becomes "rw".
     :param invert: xor-ed onto every item before any mask is used.
+    :param occupied_mask: Linux's page-table code takes an item for empty where ``(item & occupied_mask) ==
+    0``. That
+        is not always what hardware takes for absent (``valid_mask``): ``iommu_iova_to_phys`` and the
+        -EADDRINUSE of
+        ``iommu_map`` follow this one.
     """
 
     name: str
@@ -126,6 +131,7 @@ class Format:
     sign_extend: bool = False
     write_only: bool = True
     invert: int = 0
+    occupied_mask: int = 2**64 - 1
     features: Mapping[str, bool] = field(default_factory=lambda: MappingProxyType({}))
 
     @property

@@ -112,5 +112,7 @@ def open_format(config: Mapping[str, object]) -> Format:
         levels=tuple(_level(number, full) for number in range(full["levels"])),
         sign_extend=bool(full["sign_extend"]),
         write_only=False,
+        # x86_64_pt_load_entry_raw() looks at P alone; vtdss_pt_load_entry_raw() at the whole item.
+        occupied_mask=P,
         features=MappingProxyType({"sign_extend": bool(full["sign_extend"])}),
     )

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Leaves and extents of a table: what it translates, in IOVA order, as arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from iokeep.mem.memory import Memory
+from iokeep.pt.extents import U8, U64, Extents
+from iokeep.pt.formats.base import Format
+from iokeep.pt.tables import Items, Problems, TableMemory, descend, expand, raise_unreadable
+
+
+@dataclass(frozen=True, slots=True)
+class Leaves:
+    """Leaves sorted by iova; arrays of equal length n.
+
+    ``iova`` uint64[n]; ``pa`` uint64[n] OA; ``lg2`` uint8[n] log2 of the size in bytes; ``prot`` uint8[n]
+    granted by the leaf and all items above (0 = present, but nothing may pass); ``item`` uint64[n] as it lies
+    in memory (after ``invert``).
+    """
+
+    iova: U64
+    pa: U64
+    lg2: U8
+    prot: U8
+    item: U64
+
+    def __len__(self) -> int:
+        return len(self.iova)
+
+    @classmethod
+    def of(cls, fmt: Format, items: Items) -> Leaves:
+        """From the engine's items, whose IOVAs are raw."""
+        shifts = np.array([level.shift for level in fmt.levels], np.uint8)
+        return cls(fmt.extend(items.iova), items.pa, shifts[items.level], items.prot, items.item)
+
+    @property
+    def last(self) -> U64:
+        """Last IOVA of each leaf, uint64[n]."""
+        return self.iova + ((np.uint64(1) << self.lg2.astype(np.uint64)) - np.uint64(1))
+
+    def extents(self) -> Extents:
+        """The canonical extents: maximal runs; leaves that let nothing pass are not in them."""
+        passing = self.prot != 0
+        if passing.all():
+            return Extents(self.iova, self.last, self.pa, self.prot).canonical()
+        return Extents(
+            self.iova[passing], self.last[passing], self.pa[passing], self.prot[passing]
+        ).canonical()
+
+
+def _raw_ranges(fmt: Format, start: int, last: int | None) -> list[tuple[int, int]]:
+    """The raw ranges of the IOVAs [start, last]: none, one, or two (both halves of a sign-extended space)."""
+    end = 2**64 - 1 if last is None else last
+    top = 1 << fmt.input_lg2
+    if not fmt.sign_extend:
+        return [(start, min(end, top - 1))] if start < top and start <= end else []
+    half = top // 2
+    out = []
+    if start < half:
+        out.append((start, min(end, half - 1)))
+    high = 2**64 - half
+    if end >= high:
+        out.append((max(start, high) - high + half, end - high + half))
+    return [(a, b) for a, b in out if a <= b]
+
+
+def leaf_items(
+    fmt: Format, mem: Memory, root_pa: int, start: int = 0, last: int | None = None
+) -> tuple[Items, Problems]:
+    """The leaves that touch [start, last] with raw IOVAs and the pa of each item, and what is wrong.
+
+    :raises MemoryAbsent, InputError: a table that the range needs is absent or in a loop.
+    """
+    tm = TableMemory(fmt, mem)
+    parts: list[Items] = []
+    problems: list[Problems] = []
+    whole = start == 0 and last is None
+    for a, b in [(0, None)] if whole else _raw_ranges(fmt, start, last):
+        upper = descend(tm, root_pa, a, b)
+        raise_unreadable(fmt, upper.problems)
+        lower = [upper.leaves] if len(upper.leaves) else []
+        problems.append(upper.problems)
+        for found, bad in expand(tm, upper.base, upper.pa, upper.row, upper.prot, a, b):
+            lower.append(found)
+            problems.append(bad)
+        parts.append(Items.join(lower, sort=bool(len(upper.leaves)) and len(lower) > 1))
+    return Items.join(parts), Problems.join(problems)
+
+
+def leaves(fmt: Format, mem: Memory, root_pa: int, start: int = 0, last: int | None = None) -> Leaves:
+    """The leaves that touch the IOVAs [start, last] (None = to the end of the space), sorted.
+
+    Only tables that the range needs are read. Leaves with reserved bits do not translate and are not among
+    them.
+
+    :param root_pa: pa of the root table.
+    :raises MemoryAbsent, InputError: a table that the range needs is absent or in a loop.
+    """
+    return Leaves.of(fmt, leaf_items(fmt, mem, root_pa, start, last)[0])
+
+
+def extents(fmt: Format, mem: Memory, root_pa: int) -> tuple[Extents, Problems]:
+    """The canonical extents of the whole table, and what is wrong in it (reserved bits, attributes).
+
+    Memory grows with the extents, not with the leaves. :raises MemoryAbsent, InputError: as :func:`leaves`.
+    """
+    tm = TableMemory(fmt, mem)
+    upper = descend(tm, root_pa)
+    raise_unreadable(fmt, upper.problems)
+    parts: list[Extents] = []
+    problems = [upper.problems]
+    if len(upper.leaves):
+        parts.append(Leaves.of(fmt, upper.leaves).extents())
+    for found, bad in expand(tm, upper.base, upper.pa, upper.row, upper.prot):
+        parts.append(Leaves.of(fmt, found).extents())
+        problems.append(bad)
+    return join_extents(parts), Problems.join(problems)
+
+
+def join_extents(parts: list[Extents]) -> Extents:
+    """One canonical :class:`Extents` from disjoint parts in any order."""
+    if not parts:
+        return Extents.empty()
+    columns = [np.concatenate([getattr(p, c) for p in parts]) for c in ("iova", "last", "pa", "prot")]
+    if len(parts) > 1:
+        order = np.argsort(columns[0], kind="stable")
+        columns = [c[order] for c in columns]
+    return Extents(*columns).canonical()
