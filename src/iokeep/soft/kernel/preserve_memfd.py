@@ -17,9 +17,8 @@ import numpy as np
 
 from iokeep.handover.abi import MEMFD_LUO_ALL_SEALS, MEMFD_LUO_FH_COMPATIBLE
 from iokeep.handover.writer import MemfdOut, write_memfd
-from iokeep.mem.memory import U64
 from iokeep.soft.kernel.files import File, Memfd
-from iokeep.soft.kernel.frames import BLOCK, FRAME_BYTES, I64, Claim, Kind
+from iokeep.soft.kernel.frames import BLOCK, I64, Claim, Kind
 from iokeep.soft.kernel.luo import FileHandler, LuoFile, Session
 from iokeep.soft.kernel.syserror import SysError
 
@@ -184,24 +183,3 @@ class MemfdHandler(FileHandler):
         if record is not None and not record.gone:
             record.gone = True
             self.kernel.frames.put(record.pfns)
-
-
-def expand(first: U64, index: U64, order: I64, size: int) -> tuple[I64, I64]:
-    """(page numbers, pfns), one row per 4 KiB page inside ``size`` bytes, of folios as the record lists them.
-
-    :raises ValueError: two folios cover one page, or one frame is in two folios.
-    """
-    counts = np.int64(1) << order
-    total = int(counts.sum()) if len(counts) else 0
-    within = np.arange(total, dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
-    pages = np.repeat(index.astype(np.int64), counts) + within
-    pfns = np.repeat(first.astype(np.int64), counts) + within
-    if len(np.unique(pages)) != total:
-        raise ValueError("two folios cover the same page of the file")
-    if len(np.unique(pfns)) != total:
-        raise ValueError("a frame is in two folios")
-    inside = pages < -(-size // FRAME_BYTES)
-    if not inside.all():
-        raise ValueError(f"page {int(pages[~inside][0])} lies past the size of {size:#x} bytes")
-    return pages, pfns
-
