@@ -410,6 +410,18 @@ def _quiet_of(iova: U64, lg2: U8) -> list[Range]:
     return merge(out)
 
 
+def _unplugged_of(areas: list[GuestArea], levels: int, format_name: str) -> tuple[GuestArea, ...]:
+    """An area of one page in a 2 MiB of IOVA where the captured guest has nothing, if there is one."""
+    top = 1 << (12 + 9 * levels - (1 if format_name == "x86_64" else 0))
+    used = [Range(a.iova // MIB2 * MIB2, a.last | (MIB2 - 1)) for a in areas]
+    holes = subtract([Range(MIB2, top - 1)], [*used, MSI_WINDOW])
+    wide = [h for h in holes if h.size >= MIB2]
+    if not wide:
+        return ()
+    start = wide[-1].start
+    return (GuestArea(start, start + FRAME - 1, 0, 0, RW, "unplugged"),)
+
+
 def like(
     name: str,
     format_name: str,
@@ -437,8 +449,7 @@ def like(
         raise CapabilityError(f"{name}: maps more than 1 TiB")
     moved, end = renumber(pa, lg2)
     page, pfns = file_pages(moved, lg2)
-    sizes = (12, 21, 30)
-    areas = areas_of(iova, moved, lg2, prot, page, sizes)
+    areas = areas_of(iova, moved, lg2, prot, page, (12, 21, 30))
     ram_bytes = -(-(end + HOST_BYTES + (len(pfns) * FRAME) // 32) // MIB2) * MIB2
     return Scenario(
         name=f"like {name}",
@@ -448,7 +459,7 @@ def like(
         files=(GuestFile("ram0", len(pfns) * FRAME, "listed", pfns),),
         areas=tuple(areas),
         quiet=tuple(_quiet_of(iova, lg2)),
-        unplugged=(),
+        unplugged=_unplugged_of(areas, levels, format_name),
         ram_bytes=ram_bytes,
         page_size="captured",
         expected=Expected(iova, moved, lg2, prot),

@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults: which there are, and how each is put in its place.
+
+* *table* faults change the prior tables in physical memory between the kernels; the measuring host does it.
+* *replay* faults make the VMM of the second kernel set up something else than it had before.
+* *record* faults make the first kernel write records that the second must not believe.
+* ``kill-at=STEP`` kills the VMM in that step; it is started again and carries on.
+
+Table faults sit in quiet ranges, where no device works until the restore has decided. Which bits they
+change comes from the format (:mod:`iokeep.pt.formats`); nothing here knows a bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from iokeep.errors import UsageError
+from iokeep.mem.memory import WritableMemory
+from iokeep.mem.ranges import Range
+from iokeep.pt.formats.base import Format
+from iokeep.pt.leaves import leaf_items
+from iokeep.pt.tables import TableMemory
+from iokeep.pt.walk import walk
+from iokeep.restore.manifest import Area, FileEntry
+
+__all__ = [
+    "KILL_STEPS",
+    "NAMES",
+    "RECORD_FAULTS",
+    "REPLAY_FAULTS",
+    "STEPS",
+    "TABLE_FAULTS",
+    "Fault",
+    "Injected",
+    "change_replay",
+    "change_tables",
+    "parse_fault",
+]
+
+U64 = NDArray[np.uint64]
+FRAME = 0x1000
+
+#: the steps of a rehearsal, in order; devices count per step by this number
+STEPS = (
+    "setup",
+    "preserve",
+    "freeze",
+    "kexec",
+    "boot",
+    "retrieve",
+    "replay",
+    "validate",
+    "adopt",
+    "finish",
+    "after",
+    "teardown",
+)
+TABLE_FAULTS = ("pte-bit", "pte-swap", "leaf-size", "unknown-bit")
+REPLAY_FAULTS = ("drop-area", "extra-area", "wrong-prot", "wrong-file", "wrong-offset")
+RECORD_FAULTS = ("stale-root", "truncate-records", "version-skew")
+NAMES = (*TABLE_FAULTS, *REPLAY_FAULTS, *RECORD_FAULTS, "kill-at=STEP")
+#: steps in which a VMM lives or is started, and can be killed ("switch" is what rebuild does instead of
+#: "adopt")
+KILL_STEPS = (*STEPS, "switch")
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One ``--inject``: its name, and the step of ``kill-at``."""
+
+    name: str
+    step: str = ""
+
+    @property
+    def text(self) -> str:
+        """As on the command line."""
+        return f"{self.name}={self.step}" if self.step else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Injected:
+    """What was really changed, for the report."""
+
+    fault: str
+    what: str
+    iova: int | None = None
+
+
+def parse_fault(text: str) -> Fault:
+    """:raises UsageError: no such fault; the message lists all."""
+    name, sep, step = text.partition("=")
+    if name == "kill-at":
+        if step not in KILL_STEPS:
+            raise UsageError(
+                f"--inject {text}: no step {step!r}", f"kill-at=STEP with one of: {', '.join(KILL_STEPS)}"
+            )
+        return Fault(name, step)
+    if sep or name not in (*TABLE_FAULTS, *REPLAY_FAULTS, *RECORD_FAULTS):
+        raise UsageError(f"--inject {text}: no such fault", f"choose from: {', '.join(NAMES)}")
+    return Fault(name)
+
+
+# ---- replay faults
+
+
+def _place(areas: Sequence[Area], quiet: Sequence[Range], lengths: int = FRAME) -> tuple[int, Range]:
+    """An area with a quiet range, and that range: where a replay fault goes. The last such one."""
+    for r in reversed(quiet):
+        for i, a in enumerate(areas):
+            if a.iova <= r.start and r.last <= a.last and r.size >= lengths:
+                return i, r
+    raise UsageError("this guest has no quiet range to put a replay fault in", "use a bigger --memory")
+
+
+def _cut(area: Area, r: Range) -> tuple[list[Area], Area]:
+    """``area`` without [r.start, r.last] (0 ... 2 areas), and the piece in that range."""
+    rest = []
+    if area.iova < r.start:
+        rest.append(replace(area, last=r.start - 1))
+    if r.last < area.last:
+        rest.append(replace(area, iova=r.last + 1, offset=area.offset + r.last + 1 - area.iova))
+    return rest, replace(area, iova=r.start, last=r.last, offset=area.offset + r.start - area.iova)
+
+
+def change_replay(
+    name: str,
+    areas: Sequence[Area],
+    files: Sequence[FileEntry],
+    quiet: Sequence[Range],
+    limits: Sequence[Range],
+) -> tuple[list[Area], Injected]:
+    """The areas that a mistaken VMM replays instead of ``areas``.
+
+    The mistake is in the last quiet range: that piece of its area is dropped, shown by another file, and so
+    on.
+
+    :param quiet: ranges where no device works yet. :param limits: IOVAs that the IOAS allows.
+    :raises UsageError: this guest has no place for the fault.
+    """
+    out = sorted(areas, key=lambda a: a.iova)
+    if name == "extra-area":
+        source = next((a for a in out if a.prot == 3), out[0])
+        length = min(source.length, 0x1_0000)
+        top = max(a.last for a in out if a.last < min(1 << 46, limits[-1].last)) + 1
+        iova = -(-top // 0x20_0000) * 0x20_0000 + 0x4000_0000
+        if not any(r.start <= iova and iova + length - 1 <= r.last for r in limits):
+            iova = _hole(out, length, limits)
+        extra = Area(iova, iova + length - 1, source.file, source.offset, source.prot, source.ioas)
+        out.append(extra)
+        return sorted(out), Injected(name, f"an area that was not there: {_text(extra)}", iova)
+    index, r = _place(out, quiet)
+    area = out.pop(index)
+    rest, piece = _cut(area, r)
+    out += rest
+    if name == "drop-area":
+        what = f"left out: {_text(piece)}"
+    elif name == "wrong-prot":
+        new = replace(piece, prot=1 if piece.prot != 1 else 3)
+        out.append(new)
+        what = f"{_text(piece)} replayed as prot {new.prot}"
+    elif name == "wrong-offset":
+        size = next(f.size for f in files if f.token == piece.file)
+        moved = piece.offset + FRAME if piece.offset + piece.length + FRAME <= size else piece.offset - FRAME
+        if moved < 0:
+            raise UsageError(f"file token {piece.file:#x} is too small for a wrong offset")
+        new = replace(piece, offset=moved)
+        out.append(new)
+        what = f"{_text(piece)} replayed from offset {new.offset:#x}"
+    elif name == "wrong-file":
+        others = [f for f in files if f.token != piece.file and f.size >= FRAME]
+        if not others:
+            raise UsageError("this guest has one file only: there is no wrong one", "choose wrong-offset")
+        other = max(others, key=lambda f: f.size)
+        length = min(piece.length, other.size // FRAME * FRAME)
+        head, tail = _cut(piece, Range(piece.iova, piece.iova + length - 1))
+        out += head
+        new = replace(tail, file=other.token, offset=0)
+        out.append(new)
+        what = f"{_text(tail)} replayed from file token {other.token:#x} ({other.name})"
+    else:
+        raise ValueError(name)
+    return sorted(out), Injected(name, what, piece.iova)
+
+
+def _hole(areas: Sequence[Area], length: int, limits: Sequence[Range]) -> int:
+    """An IOVA with ``length`` free bytes, the highest below 2**46."""
+    taken = sorted((a.iova, a.last) for a in areas)
+    for limit in reversed(limits):
+        end = min(limit.last, (1 << 46) - 1)
+        for iova, last in reversed(taken):
+            if last < end and end - last >= length + FRAME and last + 1 >= limit.start:
+                return -(-(last + 1) // FRAME) * FRAME
+            if iova <= end:
+                end = iova - 1
+        if end - limit.start + 1 >= length:
+            return limit.start
+    raise UsageError("no IOVA is free for an extra area")
+
+
+def _text(a: Area) -> str:
+    return f"iova {a.iova:#x}-{a.last:#x} file {a.file:#x} offset {a.offset:#x} prot {a.prot}"
+
+
+# ---- table faults
+
+
+@dataclass(slots=True)
+class _Found:
+    """Leaves in the quiet ranges: uint64 iova, pa, item_pa; their level and raw item."""
+
+    iova: U64
+    pa: U64
+    item_pa: U64
+    level: NDArray[np.int64]
+    item: U64
+
+
+def _quiet_leaves(fmt: Format, mem: WritableMemory, root_pa: int, quiet: Sequence[Range]) -> _Found:
+    parts: list[tuple[U64, U64, U64, NDArray[np.int64], U64]] = []
+    for r in quiet:
+        items, _ = leaf_items(TableMemory(fmt, mem), root_pa, r.start, r.last)
+        # Not a leaf that only reaches into the range: devices may be at work in its other part.
+        sizes = np.array([(1 << spec.shift) - 1 for spec in fmt.levels], np.uint64)[items.level]
+        inside = (items.iova >= np.uint64(r.start)) & (items.iova + sizes <= np.uint64(r.last))
+        parts.append(
+            (
+                items.iova[inside],
+                items.pa[inside],
+                items.at[inside],
+                items.level[inside].astype(np.int64),
+                items.item[inside],
+            )
+        )
+    if not parts:
+        raise UsageError("this guest has no quiet range to put a table fault in")
+    return _Found(
+        np.concatenate([p[0] for p in parts]),
+        np.concatenate([p[1] for p in parts]),
+        np.concatenate([p[2] for p in parts]),
+        np.concatenate([p[3] for p in parts]),
+        np.concatenate([p[4] for p in parts]),
+    )
+
+
+def _store(fmt: Format, mem: WritableMemory, item_pa: int, item: int) -> None:
+    """Write one item as it lies in memory (``item`` is after ``invert``)."""
+    order = "little" if fmt.byte_order == "<" else "big"
+    mem.write(item_pa, (item ^ fmt.invert).to_bytes(fmt.item_bytes, order))  # type: ignore[arg-type]
+
+
+def change_tables(
+    name: str,
+    fmt: Format,
+    mem: WritableMemory,
+    root_pa: int,
+    quiet: Sequence[Range],
+    tags: NDArray[np.uint32],
+    unplugged: Sequence[Range],
+    spread: int = 4,
+) -> Injected:
+    """Put the table fault ``name`` into the prior table.
+
+    :param quiet: where no device works. :param tags: uint32[n_frames], the owner of each frame. :param
+    unplugged: ranges
+        whose emptied tables are still linked. :param spread: how many leaves to change.
+    :raises UsageError: this table has no place for the fault.
+    """
+    found = _quiet_leaves(fmt, mem, root_pa, quiet)
+    small = np.flatnonzero(found.level == 0)
+    if name == "pte-bit":
+        return _pte_bit(fmt, mem, found, tags, spread)
+    if name == "pte-swap":
+        at = small if len(small) >= 2 else np.flatnonzero(found.level == found.level.max(initial=0))
+        if len(at) < 2:
+            raise UsageError("pte-swap needs two leaves of one size in the quiet ranges")
+        a, b = int(at[0]), int(at[-1])
+        spec = fmt.levels[int(found.level[a])]
+        for here, other in ((a, b), (b, a)):
+            kept = int(found.item[here]) & ~spec.leaf_pa_mask
+            _store(fmt, mem, int(found.item_pa[here]), kept | (int(found.item[other]) & spec.leaf_pa_mask))
+        return Injected(
+            name,
+            f"leaves of iova {int(found.iova[a]):#x} and {int(found.iova[b]):#x} swapped",
+            int(found.iova[a]),
+        )
+    if name == "unknown-bit":
+        return _unknown_bit(fmt, mem, found)
+    if name == "leaf-size":
+        return _leaf_size(fmt, mem, root_pa, found, unplugged)
+    raise ValueError(name)
+
+
+def _pte_bit(
+    fmt: Format, mem: WritableMemory, found: _Found, tags: NDArray[np.uint32], spread: int
+) -> Injected:
+    """Flip one OA bit so that the leaf points into a frame of somebody else, if any bit does that."""
+    best: tuple[int, int, int] | None = None
+    for i in np.argsort(found.level, kind="stable")[:512].tolist():
+        spec = fmt.levels[int(found.level[i])]
+        own = tags[int(found.pa[i]) >> 12]
+        for bit in range(spec.shift, 52):
+            if not spec.leaf_pa_mask >> bit & 1:
+                continue
+            pfn = (int(found.pa[i]) ^ 1 << bit) >> 12
+            if pfn >= len(tags):
+                continue
+            rank = 2 if tags[pfn] >= 16 and tags[pfn] != own else 1 if tags[pfn] else 0
+            if best is None or rank > best[0]:
+                best = (rank, i, bit)
+        if best is not None and best[0] == 2:
+            break
+    if best is None:
+        raise UsageError("pte-bit: no leaf in the quiet ranges")
+    _, i, bit = best
+    _store(fmt, mem, int(found.item_pa[i]), int(found.item[i]) ^ 1 << bit)
+    iova = int(found.iova[i])
+    return Injected(
+        "pte-bit", f"bit {bit} of the leaf of iova {iova:#x} (pa {int(found.pa[i]):#x}) flipped", iova
+    )
+
+
+def _unknown_bit(fmt: Format, mem: WritableMemory, found: _Found) -> Injected:
+    """Set a bit that is reserved in this leaf, or an attribute bit that the kernel never sets where none is
+    reserved."""
+    for i in np.argsort(-found.level, kind="stable").tolist():
+        spec = fmt.levels[int(found.level[i])]
+        for mask, sort in (
+            (spec.leaf_reserved, "reserved"),
+            (spec.leaf_attrs & ~spec.leaf_base, "attribute"),
+        ):
+            free = mask & ~int(found.item[i])
+            if not free:
+                continue
+            bit = free.bit_length() - 1 if sort == "reserved" else (free & -free).bit_length() - 1
+            _store(fmt, mem, int(found.item_pa[i]), int(found.item[i]) | 1 << bit)
+            iova = int(found.iova[i])
+            return Injected("unknown-bit", f"{sort} bit {bit} of the leaf of iova {iova:#x} set", iova)
+    raise UsageError("unknown-bit: no leaf in the quiet ranges has an unknown bit to set")
+
+
+def _leaf_size(
+    fmt: Format, mem: WritableMemory, root_pa: int, found: _Found, unplugged: Sequence[Range]
+) -> Injected:
+    """Split one big leaf into a table of small ones, for which an emptied table that is still linked is
+    used."""
+    big = np.flatnonzero(found.level == 1)
+    if not len(big):
+        raise UsageError("leaf-size needs a 2 MiB leaf in a quiet range", "choose --page-size 2M or mixed")
+    i = int(big[0])
+    for r in unplugged:
+        steps = walk(fmt, mem, root_pa, r.start).steps
+        if steps and steps[-1][0] == 0:
+            level, parent_pa, parent = steps[-2]
+            spare = parent & fmt.levels[level].table_pa_mask
+            break
+    else:
+        raise UsageError("leaf-size needs an emptied table that is still linked; this guest has none")
+    one, two = fmt.levels[0], fmt.levels[1]
+    item, pa = int(found.item[i]), int(found.pa[i])
+    count = one.items
+    prot = (1 if item & two.r_mask == two.r_value else 0) | (2 if item & two.w_mask == two.w_value else 0)
+    base = one.leaf_base | one.prot_bits[prot]
+    pas = np.uint64(pa) + (np.arange(count, dtype=np.uint64) << np.uint64(one.shift))
+    words = (pas | np.uint64(base)) ^ np.uint64(fmt.invert)
+    mem.write(spare, words.astype(f"{fmt.byte_order}u{fmt.item_bytes}").tobytes())
+    _store(fmt, mem, parent_pa, 0)
+    pointer = (parent & ~fmt.levels[level].table_pa_mask) | spare
+    _store(fmt, mem, int(found.item_pa[i]), pointer)
+    iova = int(found.iova[i])
+    return Injected("leaf-size", f"the 2 MiB leaf of iova {iova:#x} split into {count} leaves", iova)
