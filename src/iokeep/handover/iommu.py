@@ -15,13 +15,12 @@ optional.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 
-from iokeep.errors import InputError
 from iokeep.handover.abi import Alloc
 from iokeep.handover.records import Pack, Unpack, read_record, write_record
 from iokeep.mem.memory import U8, U64, Memory, WritableMemory
@@ -416,7 +415,7 @@ class VfioRecord:
 
 
 #: LUO file ``compatible`` -> (kind, reader) of the records that are ours
-FILE_RECORDS = {
+FILE_RECORDS: dict[str, tuple[str, Callable[[Memory, int], IommufdRecord | VfioRecord]]] = {
     IommufdRecord.COMPATIBLE: ("iommufd", IommufdRecord.read),
     VfioRecord.COMPATIBLE: ("vfio-pci", VfioRecord.read),
 }
@@ -429,7 +428,6 @@ __all__ = [
     "DeviceRecord",
     "DomainRecord",
     "HwptRecord",
-    "InputError",
     "IoasRecord",
     "IommuHwRecord",
     "IommuRecord",

@@ -29,6 +29,7 @@ from iokeep.handover import abi, fdt
 from iokeep.handover.abi import PAGE_SIZE, Alloc
 from iokeep.handover.radix import PreservedTree
 from iokeep.mem.memory import U64, WritableMemory
+from iokeep.uapi import kho
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +143,7 @@ def write_vmalloc(mem: WritableMemory, alloc: Alloc, data: bytes) -> NDArray[np.
     for number, pa in enumerate(chunks):
         chunk = np.zeros(1, abi.kho_vmalloc_chunk)
         part = pages[number * abi.CHUNK_PAGES : (number + 1) * abi.CHUNK_PAGES]
-        chunk["next"] = chunks[number + 1] if number + 1 < len(chunks) else 0
+        chunk["hdr"]["next"] = chunks[number + 1] if number + 1 < len(chunks) else 0
         chunk["phys"][0, : len(part)] = part
         mem.write(pa, chunk.tobytes())
     out = np.zeros(1, abi.kho_vmalloc)
@@ -185,7 +186,7 @@ def write_luo(
     sessions: Sequence[SessionOut],
     flbs: Sequence[FlbOut] = (),
     liveupdate_num: int,
-    compatible: str = abi.LUO_ABI_COMPATIBLE,
+    compatible: str = kho.LUO_ABI_COMPATIBLE,
 ) -> int:
     """``luo_ser`` with its FLBs, sessions and files; returns its pa.
 
@@ -228,7 +229,7 @@ def write_metadata(mem: WritableMemory, alloc: Alloc, previous_release: str, kex
     return pa
 
 
-def kho_fdt(root_pa: int, subtrees: Sequence[SubtreeOut], compatible: str = abi.KHO_FDT_COMPATIBLE) -> bytes:
+def kho_fdt(root_pa: int, subtrees: Sequence[SubtreeOut], compatible: str = kho.KHO_FDT_COMPATIBLE) -> bytes:
     """KHO's FDT: ``subtrees`` in the order in which they were added; the blob has the newest first."""
 
     def u64(value: int) -> bytes:
@@ -236,21 +237,21 @@ def kho_fdt(root_pa: int, subtrees: Sequence[SubtreeOut], compatible: str = abi.
 
     root = fdt.Node(
         "",
-        [("compatible", compatible.encode() + b"\0"), (abi.KHO_FDT_MEMORY_MAP_PROP_NAME, u64(root_pa))],
+        [("compatible", compatible.encode() + b"\0"), (kho.KHO_FDT_MEMORY_MAP_PROP_NAME, u64(root_pa))],
         [
             # fdt_setprop() puts a new property first, so blob-size, set last, leads
             fdt.Node(
                 s.name,
                 [
-                    (abi.KHO_SUB_TREE_SIZE_PROP_NAME, u64(s.size)),
-                    (abi.KHO_SUB_TREE_PROP_NAME, u64(s.data_pa)),
+                    (kho.KHO_SUB_TREE_SIZE_PROP_NAME, u64(s.size)),
+                    (kho.KHO_SUB_TREE_PROP_NAME, u64(s.data_pa)),
                 ],
             )
             for s in reversed(subtrees)
         ],
     )
-    names = (abi.KHO_FDT_MEMORY_MAP_PROP_NAME, "compatible", abi.KHO_SUB_TREE_PROP_NAME)
-    return fdt.build(root, (*names, abi.KHO_SUB_TREE_SIZE_PROP_NAME) if subtrees else names[:2])
+    names = (kho.KHO_FDT_MEMORY_MAP_PROP_NAME, "compatible", kho.KHO_SUB_TREE_PROP_NAME)
+    return fdt.build(root, (*names, kho.KHO_SUB_TREE_SIZE_PROP_NAME) if subtrees else names[:2])
 
 
 def write_handover(
@@ -277,8 +278,8 @@ def write_handover(
     metadata_pa = write_metadata(mem, recording, previous_release, kexec_count)
     luo_pa = write_luo(mem, recording, sessions=sessions, flbs=flbs, liveupdate_num=liveupdate_num)
     clients = [
-        SubtreeOut(abi.KHO_METADATA_NODE_NAME, metadata_pa, abi.kho_kexec_metadata.itemsize),
-        SubtreeOut(abi.LUO_KHO_ENTRY_NAME, luo_pa, abi.luo_ser.itemsize),
+        SubtreeOut(kho.KHO_METADATA_NODE_NAME, metadata_pa, abi.kho_kexec_metadata.itemsize),
+        SubtreeOut(kho.LUO_KHO_ENTRY_NAME, luo_pa, abi.luo_ser.itemsize),
         *subtrees,
     ]
     root_pa = preserved.union(recording.tree()).write(mem, alloc)
