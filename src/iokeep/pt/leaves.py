@@ -52,7 +52,7 @@ class Leaves:
         ).canonical()
 
 
-def _raw_ranges(fmt: Format, start: int, last: int | None) -> list[tuple[int, int]]:
+def raw_ranges(fmt: Format, start: int, last: int | None) -> list[tuple[int, int]]:
     """The raw ranges of the IOVAs [start, last]: none, one, or two (both halves of a sign-extended space)."""
     end = 2**64 - 1 if last is None else last
     top = 1 << fmt.input_lg2
@@ -69,17 +69,17 @@ def _raw_ranges(fmt: Format, start: int, last: int | None) -> list[tuple[int, in
 
 
 def leaf_items(
-    fmt: Format, mem: Memory, root_pa: int, start: int = 0, last: int | None = None
+    tm: TableMemory, root_pa: int, start: int = 0, last: int | None = None
 ) -> tuple[Items, Problems]:
     """The leaves that touch [start, last] with raw IOVAs and the pa of each item, and what is wrong.
 
     :raises MemoryAbsent, InputError: a table that the range needs is absent or in a loop.
     """
-    tm = TableMemory(fmt, mem)
+    fmt = tm.fmt
     parts: list[Items] = []
     problems: list[Problems] = []
     whole = start == 0 and last is None
-    for a, b in [(0, None)] if whole else _raw_ranges(fmt, start, last):
+    for a, b in [(0, None)] if whole else raw_ranges(fmt, start, last):
         upper = descend(tm, root_pa, a, b)
         raise_unreadable(fmt, upper.problems)
         lower = [upper.leaves] if len(upper.leaves) else []
@@ -100,7 +100,7 @@ def leaves(fmt: Format, mem: Memory, root_pa: int, start: int = 0, last: int | N
     :param root_pa: pa of the root table.
     :raises MemoryAbsent, InputError: a table that the range needs is absent or in a loop.
     """
-    return Leaves.of(fmt, leaf_items(fmt, mem, root_pa, start, last)[0])
+    return Leaves.of(fmt, leaf_items(TableMemory(fmt, mem), root_pa, start, last)[0])
 
 
 def extents(fmt: Format, mem: Memory, root_pa: int) -> tuple[Extents, Problems]:

@@ -36,13 +36,20 @@ class TableMemory:
     """Tables of one format in one memory: the only place that loads items.
 
     :param fmt: the format. :param mem: where the tables are.
+    :param linux: take items as Linux's page-table code does, not as hardware does: an item is there where any
+        bit of ``occupied_mask`` is set, and nobody looks at reserved bits.
     """
 
-    def __init__(self, fmt: Format, mem: Memory) -> None:
+    def __init__(self, fmt: Format, mem: Memory, *, linux: bool = False) -> None:
         self.fmt = fmt
+        self.linux = linux
         self.mem = mem
         self.rows = mem.rows(fmt.table_bytes)
         self._plain = fmt.item_bytes == 8 and fmt.byte_order == "<" and fmt.invert == 0
+
+    def present(self, level: int) -> np.uint64:
+        """Any of these bits makes an item present."""
+        return np.uint64(self.fmt.occupied_mask if self.linux else self.fmt.levels[level].valid_mask)
 
     @property
     def capacity(self) -> int:
@@ -177,10 +184,12 @@ def _spans(iova: U64, shift: int) -> U64:
 
 
 def _leaf_problems(
-    fmt: Format, level: int, iova: U64, items: U64, at: U64
+    tm: TableMemory, level: int, iova: U64, items: U64, at: U64
 ) -> tuple[Problems, NDArray[np.bool_] | None]:
     """Problems of leaves, and which leaves are sound (None = all)."""
-    spec = fmt.levels[level]
+    if tm.linux:
+        return Problems(), None
+    spec = tm.fmt.levels[level]
     reserved = (items & np.uint64(spec.leaf_reserved)) != 0
     attrs = ((items & np.uint64(spec.leaf_attrs)) != np.uint64(spec.leaf_attrs_value)) & ~reserved
     if not reserved.any() and not attrs.any():
@@ -193,16 +202,16 @@ def _leaf_problems(
 
 
 def _classify(
-    fmt: Format, level: int, base: U64, at: U64, prot: U8, items: U64, start: int, last: int, whole: bool
+    tm: TableMemory, level: int, base: U64, at: U64, prot: U8, items: U64, start: int, last: int, whole: bool
 ) -> tuple[Items, tuple[U64, U64, U8, U64, U64], Problems]:
     """Sort the items of some tables of one level: leaves; and table items as iova, pa, prot, item, at;
     problems.
 
     :param base: raw IOVA of each table, uint64[t]. :param at: its pa. :param items: uint64[t, n].
     """
-    spec = fmt.levels[level]
+    fmt, spec = tm.fmt, tm.fmt.levels[level]
     flat = items.reshape(-1)
-    here = np.flatnonzero(flat & np.uint64(spec.valid_mask))
+    here = np.flatnonzero(flat & tm.present(level))
     table, index = here >> spec.index_bits, (here & (spec.items - 1)).astype(np.uint64)
     item = flat[here]
     iova = base[table] + (index << np.uint64(spec.shift))
@@ -217,7 +226,7 @@ def _classify(
         leaf = np.full(len(item), spec.leaf)
     problems = []
     l_iova, l_item, l_at, l_upper = iova[leaf], item[leaf], where[leaf], upper[leaf]
-    found, sound = _leaf_problems(fmt, level, l_iova, l_item, l_at)
+    found, sound = _leaf_problems(tm, level, l_iova, l_item, l_at)
     problems.append(found)
     if sound is not None:
         l_iova, l_item, l_at, l_upper = l_iova[sound], l_item[sound], l_at[sound], l_upper[sound]
@@ -233,7 +242,7 @@ def _classify(
     t_iova, t_item, t_at, t_upper = iova[down], item[down], where[down], upper[down]
     reserved = (t_item & np.uint64(spec.table_reserved)) != 0
     attrs = (t_item & np.uint64(spec.table_attrs)) != 0
-    if reserved.any() or attrs.any():
+    if not tm.linux and (reserved.any() or attrs.any()):
         bad = reserved | attrs
         problems.append(
             Problems(
@@ -274,7 +283,7 @@ def descend(tm: TableMemory, root_pa: int, start: int = 0, last: int | None = No
             hi = lo + CHUNK
             items = tm.root(root_pa) if level == fmt.top_level else tm.items(row[lo:hi])
             found, below, bad = _classify(
-                fmt, level, base[lo:hi], pa[lo:hi], prot[lo:hi], items, start, end, whole
+                tm, level, base[lo:hi], pa[lo:hi], prot[lo:hi], items, start, end, whole
             )
             if len(found):
                 leaves.append(found)
@@ -341,7 +350,7 @@ def expand(
     for lo in range(0, len(base), CHUNK):
         hi = lo + CHUNK
         items = tm.items(row[lo:hi]).reshape(-1)
-        here = np.flatnonzero(items & np.uint64(spec.valid_mask))
+        here = np.flatnonzero(items & tm.present(0))
         item = items[here]
         table, index = here >> spec.index_bits, (here & (spec.items - 1)).astype(np.uint64)
         iova = base[lo:hi][table] + (index << np.uint64(spec.shift))
@@ -349,7 +358,7 @@ def expand(
             inside = (_spans(iova, spec.shift) >= np.uint64(start)) & (iova <= np.uint64(end))
             table, index, item, iova = table[inside], index[inside], item[inside], iova[inside]
         at = pa[lo:hi][table] + index * np.uint64(fmt.item_bytes)
-        bad, sound = _leaf_problems(fmt, 0, iova, item, at)
+        bad, sound = _leaf_problems(tm, 0, iova, item, at)
         if sound is not None:
             table, item, iova, at = table[sound], item[sound], iova[sound], at[sound]
         yield (
