@@ -65,8 +65,7 @@ def check(handover: Handover, supported: Profile = SOFT_7_3, scratch: tuple[Scra
     if handover.compatible != supported.kho and handover.compatible == strings.KHO_FDT_COMPATIBLE:
         problems.append(
             f"KHO FDT at {handover.fdt_pa:#x} is {handover.compatible!r}, {supported.name} takes "
-            f"{supported.kho!r}
-            ": it boots with nothing reserved"
+            f"{supported.kho!r}: it boots with nothing reserved"
         )
     luo = handover.luo
     if luo is not None and luo.supported and luo.compatible != supported.luo:
@@ -94,22 +93,20 @@ def _tree(handover: Handover, scratch: tuple[Scratch, ...]) -> list[str]:
     out: list[str] = []
     if not len(tree):
         return out
+
+    def block(at: int) -> str:
+        return f"preserved block at pa {int(tree.pfn[at]) << PAGE_SHIFT:#x} of order {int(tree.order[at])}"
+
     one = np.uint64(1)
     last = tree.pfn + ((one << tree.order.astype(np.uint64)) - one)
     reach = np.maximum.accumulate(last)
     over = np.flatnonzero(tree.pfn[1:] <= reach[:-1])
     if len(over):
-        at = int(over[0]) + 1
-        out.append(
-            f"preserved tree: the block at pa {int(tree.pfn[at]) << PAGE_SHIFT:#x} (order {int(tree.order[at])})"
-            f" overlaps another ({len(over)} such blocks)"
-        )
+        out.append(f"{block(int(over[0]) + 1)} overlaps another ({len(over)} such blocks)")
     wide = np.flatnonzero(tree.order > MAX_RUN_ORDER)
     if len(wide):
-        at = int(wide[0])
         out.append(
-            f"preserved tree: the block at pa {int(tree.pfn[at]) << PAGE_SHIFT:#x} has order {int(tree.order[at])}"
-            ": 1 << (order + PAGE_SHIFT) overflows in kho_preserved_memory_reserve()"
+            f"{block(int(wide[0]))}: 1 << (order + PAGE_SHIFT) overflows in kho_preserved_memory_reserve()"
         )
     start, end = tree.intervals()
     for area in scratch:
@@ -158,9 +155,10 @@ def _owners(handover: Handover) -> list[str]:
     def name(number: int) -> str:
         return names[number] if number >= 0 else f"metadata ({handover.pages.get(pa, 'page')})"
 
+    first, second = name(int(whose[before])), name(int(whose[at]))
     return [
-        f"frame at pa {pa:#x} belongs to {name(int(whose[before]))} and to {name(int(whose[at]))} ({len(clash)} "
-        "such frames): restoring the second fails"
+        f"frame at pa {pa:#x} belongs to {first} and to {second} ({len(clash)} such frames): restoring the second "
+        "fails"
     ]
 
 
@@ -174,8 +172,8 @@ def notes(handover: Handover) -> list[str]:
                 # memfd_add_seals() on the restored, executable inode: F_SEAL_EXEC implies the write seals
                 # (mm/memfd.c)
                 out.append(
-                    f"session {session.name!r} token {file.token:#x}: seals {seals:#x} come back as "
-                    f"{seals | F_WRITE_SEALS:#x} where F_SEAL_EXEC came from MFD_NOEXEC_SEAL (a bug of 7.3.4): the "
+                    f"session {session.name!r} token {file.token:#x}: seals {seals:#x} come back "
+                    f"as {seals | F_WRITE_SEALS:#x} where F_SEAL_EXEC came from MFD_NOEXEC_SEAL (a bug of 7.3.4): the "
                     "file is then not writable"
                 )
     return out
