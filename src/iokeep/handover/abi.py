@@ -23,6 +23,9 @@ PAGE_SIZE = 1 << PAGE_SHIFT
 #: ``preserved`` says whether Linux adds these frames to the preserved-memory tree.
 Alloc = Callable[[int, bool], int]
 
+KHO_FDT_COMPATIBLE = kho.KHO_FDT_COMPATIBLE
+LUO_ABI_COMPATIBLE = kho.LUO_ABI_COMPATIBLE
+MEMFD_LUO_FH_COMPATIBLE = kho.MEMFD_LUO_FH_COMPATIBLE
 KHO_BLOCK_MAX_BLOCKS = 10000
 KHO_METADATA_VERSION = 1
 #: include/linux/mmzone.h: the biggest folio that the buddy allocator, and so kho_restore_page(), knows

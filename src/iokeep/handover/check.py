@@ -60,7 +60,7 @@ def check(handover: Handover, supported: Profile = SOFT_7_3, scratch: tuple[Scra
     :param scratch: the scratch areas, where known: nothing preserved may lie in one, the next kernel boots
         there.
     """
-    # The reader decodes one version; a profile that wants another is a problem of its own.
+
     problems = list(handover.problems)
     if handover.compatible != supported.kho and handover.compatible == strings.KHO_FDT_COMPATIBLE:
         problems.append(
@@ -157,8 +157,8 @@ def _owners(handover: Handover) -> list[str]:
 
     first, second = name(int(whose[before])), name(int(whose[at]))
     return [
-        f"frame at pa {pa:#x} belongs to {first} and to {second} ({len(clash)} such frames): restoring the second "
-        "fails"
+        f"frame at pa {pa:#x} belongs to {first} and to {second} ({len(clash)} such frames): "
+        "restoring the second fails"
     ]
 
 
@@ -172,8 +172,8 @@ def notes(handover: Handover) -> list[str]:
                 # memfd_add_seals() on the restored, executable inode: F_SEAL_EXEC implies the write seals
                 # (mm/memfd.c)
                 out.append(
-                    f"session {session.name!r} token {file.token:#x}: seals {seals:#x} come back "
-                    f"as {seals | F_WRITE_SEALS:#x} where F_SEAL_EXEC came from MFD_NOEXEC_SEAL (a bug of 7.3.4): the "
-                    "file is then not writable"
+                    f"session {session.name!r} token {file.token:#x}: seals {seals:#x} come back as "
+                    f"{seals | F_WRITE_SEALS:#x} where F_SEAL_EXEC is from MFD_NOEXEC_SEAL: a 7.3.4 bug that "
+                    "makes the file unwritable"
                 )
     return out
