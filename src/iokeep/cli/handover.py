@@ -190,9 +190,8 @@ def show_text(body: dict[str, Any], handover: Handover, *, all_extents: bool) ->
         for f in s.files
         if f.memfd and len(f.memfd.pfn)
     )
-    lines.append(
-        f"           {content} of files, {metadata} of records, {max(0, tree.pages - content - metadata)} of others"
-    )
+    rest = max(0, tree.pages - content - metadata)  # a damaged record may claim more than is preserved
+    lines.append(f"           {content} of files, {metadata} of records, {rest} of others")
     for session, decoded in zip(body["sessions"], handover.sessions, strict=True):
         lines.append(f"session {_plain(session['name'])}: {_one_or_more(len(session['files']), 'file')}")
         for row, file in zip(session["files"], decoded.files, strict=True):
