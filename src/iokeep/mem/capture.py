@@ -325,7 +325,7 @@ def _npy_header(file: IO[bytes], where: str) -> tuple[np.dtype[Any], tuple[int, 
         raise InputError(f"{where}: byte 10: malformed header") from error
     if dtype not in ("<u8", "|u1") or order is not False:
         raise InputError(
-            f"{where}: dtype {str(dtype)[:32]!r}, fortran_order {str(order)[:8]}: wanted '<u8' or '|u1', False"
+            f"{where}: dtype {str(dtype)[:32]!r}, fortran_order {str(order)[:8]}: not '<u8' or '|u1', False"
         )
     if (
         not isinstance(shape, tuple)

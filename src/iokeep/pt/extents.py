@@ -55,11 +55,12 @@ class Extents:
     @property
     def mapped_bytes(self) -> int:
         """Sum of the lengths in bytes, as an unbounded int."""
-        if not len(self):
-            return 0
-        spans = self.last - self.iova
-        high, low = spans >> np.uint64(32), spans & np.uint64(0xFFFFFFFF)
-        return (int(high.sum()) << 32) + int(low.sum()) + len(self)
+        total = 0
+        for lo in range(0, len(self), 1 << 16):
+            spans = self.last[lo : lo + (1 << 16)] - self.iova[lo : lo + (1 << 16)]
+            high, low = spans >> np.uint64(32), spans & np.uint64(0xFFFFFFFF)
+            total += (int(high.sum()) << 32) + int(low.sum()) + len(spans)
+        return total
 
     def canonical(self) -> Extents:
         """Touching neighbours with contiguous pa and equal prot joined: maximal runs.

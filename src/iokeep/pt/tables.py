@@ -45,7 +45,8 @@ class TableMemory:
         self.linux = linux
         self.mem = mem
         self.rows = mem.rows(fmt.table_bytes)
-        self._plain = fmt.item_bytes == 8 and fmt.byte_order == "<" and fmt.invert == 0
+        #: rows of ``rows.data`` are uint64 items as they are
+        self.plain = fmt.item_bytes == 8 and fmt.byte_order == "<" and fmt.invert == 0
 
     def present(self, level: int) -> np.uint64:
         """Any of these bits makes an item present."""
@@ -58,7 +59,7 @@ class TableMemory:
 
     def _decode(self, raw: U8) -> U64:
         items = raw.view(self.fmt.item_dtype)
-        if self._plain:
+        if self.plain:
             return items.view(np.uint64)
         return items.astype(np.uint64) ^ np.uint64(self.fmt.invert)
 

@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prove that a table translates exactly what is expected: nothing else, nothing more, nothing less.
+
+Equal means: every IOVA translates to the expected pa with the expected permissions and memory attributes,
+nothing is missing, nothing is extra, no reserved bit is set anywhere. Accessed and dirty bits and bits that
+the format ignores do not count; how the mapping is cut into leaves does not count either (see ``layout``).
+
+Two steps. The *sweep* compares each table of level 0 with the items that the expectation would write there,
+masked: that proves a table at memory speed, or leaves it unproved. What is unproved, and everything that is
+not a table of level 0, is then *judged* range by range (``compare``), which is exact and says why.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+from numpy.typing import NDArray
+
+from iokeep.mem.memory import I64, U8, U64, Memory
+from iokeep.pt.compare import Comparison, Found, Spans, Verdict
+from iokeep.pt.extents import PROT_R, PROT_W, Extents
+from iokeep.pt.formats.base import Format
+from iokeep.pt.leaves import Leaves
+from iokeep.pt.tables import ATTRS, CHUNK, Items, Problems, TableMemory, Upper, descend, expand
+
+#: tables of level 0 from so many bytes on are swept by compiled code, where it is loaded and where it is not:
+#: below, NumPy is done before Numba has started
+COMPILED_WARM = 64 << 20
+COMPILED_COLD = 1 << 30
+#: a window of the judge holds at most so many unproved tables and expected extents
+_WINDOW_TABLES = 256
+_WINDOW_EXTENTS = 1 << 17
+#: extents worked on at once
+_BLOCK = 1 << 16
+_MAX = 2**64 - 1
+
+
+class Expectation:
+    """Expected extents, prepared for the sweep of one format.
+
+    :param fmt: the format. :param extents: sorted, disjoint, in any cut.
+    """
+
+    def __init__(self, fmt: Format, extents: Extents) -> None:
+        spec = fmt.levels[0]
+        small = np.uint64((1 << spec.shift) - 1)
+        prot = extents.prot
+        if len(extents) and (
+            bool((extents.last < extents.iova).any() or (extents.iova[1:] <= extents.last[:-1]).any())
+            or int(prot.max()) > (PROT_R | PROT_W)
+        ):
+            raise ValueError("expected extents are not sorted and disjoint, or a prot is beyond rw")
+        if not fmt.write_only:
+            prot = np.where(prot == PROT_W, np.uint8(PROT_R | PROT_W), prot).astype(np.uint8)
+        self.extents = Extents(extents.iova, extents.last, extents.pa, prot)
+        #: permission and constant bits of an item by prot, without ``invert``
+        self.perms: U64 = np.array(spec.prot_bits, np.uint64) | np.uint64(spec.leaf_base)
+        self.sound = np.empty(len(extents), np.bool_)
+        outside = np.uint64(~spec.leaf_pa_mask & _MAX) & ~small
+        for lo in range(0, len(extents), _BLOCK):  # temporaries of whole columns cost more than the work
+            part = slice(lo, lo + _BLOCK)
+            iova, last, pa = extents.iova[part], extents.last[part], extents.pa[part]
+            end = pa + (last - iova)
+            # What has no item of its own in this format is left to the judge.
+            self.sound[part] = (
+                (((iova | pa | (last + np.uint64(1))) & small) == 0)
+                & (((pa | end) & outside) == 0)
+                & (end >= pa)
+                & (prot[part] > 0)
+            )
+        self.all_sound = bool(self.sound.all())
+
+    def word(self, at: NDArray[np.intp]) -> U64:
+        """Items of the first pages of the extents ``at``, without ``invert``."""
+        return self.extents.pa[at] | self.perms[self.extents.prot[at]]
+
+
+def _proved(
+    tm: TableMemory, upper: Upper, base: U64, want: Expectation, compiled: bool | None
+) -> NDArray[np.bool_]:
+    """Which tables of level 0 hold exactly what is expected. False = not proved here.
+
+    :param base: IOVA of each table. :param compiled: see :func:`verify`.
+    """
+    spec = tm.fmt.levels[0]
+    e = want.extents
+    last = base + np.uint64((1 << (spec.shift + spec.index_bits)) - 1)
+    a = np.searchsorted(e.last, base, side="left")
+    b = np.searchsorted(e.iova, last, side="right")
+    count = b - a
+    ok = upper.prot == 3  # where the items above take permissions away the judge has the word
+    single = count == 1
+    at = np.minimum(a, max(len(e) - 1, 0))
+    if len(e):
+        single &= (e.iova[at] <= base) & (e.last[at] >= last) & want.sound[at]
+        if not want.all_sound:
+            unsound = np.concatenate((np.zeros(1, np.int64), np.cumsum(~want.sound)))
+            ok &= unsound[b] == unsound[a]
+    word = np.zeros(len(base), np.uint64)
+    if single.any():
+        word[single] = want.word(at[single]) + (base[single] - e.iova[at[single]])
+    # 0: nothing expected, 1: one run over the whole table, 2: anything else
+    kind = np.where(single, np.uint8(1), np.where(count == 0, np.uint8(0), np.uint8(2))).astype(np.uint8)
+    if compiled is None:
+        warm = "iokeep.pt.sweep" in sys.modules
+        compiled = len(base) * tm.fmt.table_bytes >= (COMPILED_WARM if warm else COMPILED_COLD)
+    if compiled and tm.plain:
+        from iokeep.pt import sweep
+
+        swept = sweep.proved(tm, upper.row, kind, word, base, a, b, e, want.perms)
+        both: NDArray[np.bool_] = np.logical_and(ok, swept)
+        return both
+    for lo in range(0, len(base), CHUNK):
+        hi = min(lo + CHUNK, len(base))
+        ok[lo:hi] &= _sweep(
+            tm, upper.row[lo:hi], kind[lo:hi], word[lo:hi], base[lo:hi], a[lo:hi], b[lo:hi], want
+        )
+    return np.asarray(ok, np.bool_)
+
+
+def _sweep(
+    tm: TableMemory, row: I64, kind: U8, word: U64, base: U64, a: I64, b: I64, want: Expectation
+) -> NDArray[np.bool_]:
+    """One chunk of the sweep by NumPy."""
+    spec = tm.fmt.levels[0]
+    care = np.uint64(~spec.leaf_ignored & _MAX)
+    items = tm.items(row)
+    if bool((kind == 1).all()):
+        ramp = np.arange(spec.items, dtype=np.uint64) << np.uint64(spec.shift)
+        buffer = word[:, None] + ramp
+        np.bitwise_xor(buffer, items, out=buffer)
+        np.bitwise_and(buffer, care, out=buffer)
+        same: NDArray[np.bool_] = np.logical_not(np.any(buffer, axis=1))
+        return same
+    wanted = np.zeros((len(row), spec.items), np.uint64)
+    one = kind == 1
+    if one.any():
+        ramp = np.arange(spec.items, dtype=np.uint64) << np.uint64(spec.shift)
+        wanted[one] = word[one][:, None] + ramp
+    mixed = np.flatnonzero(kind == 2)
+    if len(mixed):
+        _fill(tm.fmt, wanted, mixed, base, a, b, want)
+    mask = np.where(wanted != 0, care, np.uint64(spec.valid_mask))
+    np.bitwise_xor(wanted, items, out=wanted)
+    np.bitwise_and(wanted, mask, out=wanted)
+    equal: NDArray[np.bool_] = np.logical_not(np.any(wanted, axis=1))
+    return equal
+
+
+def _fill(fmt: Format, wanted: U64, mixed: I64, base: U64, a: I64, b: I64, want: Expectation) -> None:
+    """Write the expected items of the tables ``mixed``, which meet several extents or part of one."""
+    spec, e = fmt.levels[0], want.extents
+    shift = np.uint64(spec.shift)
+    count = (b - a)[mixed]
+    owner = np.repeat(mixed, count)
+    nth = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
+    at = np.repeat(a[mixed], count) + nth
+    first = e.iova[at]
+    start = np.maximum(first, base[owner])
+    end = np.minimum(e.last[at], base[owner] + np.uint64((spec.items << spec.shift) - 1))
+    pages = ((end - start) >> shift).astype(np.int64) + 1
+    slot = owner * spec.items + ((start - base[owner]) >> shift).astype(np.int64)
+    word = want.word(at) + (start - first)
+    flat = wanted.reshape(-1)
+    if int(pages.max()) == 1:
+        flat[slot] = word
+        return
+    piece = np.repeat(np.arange(len(pages)), pages)
+    inner = np.arange(len(piece)) - np.repeat(np.cumsum(pages) - pages, pages)
+    flat[slot[piece] + inner] = word[piece] + (inner.astype(np.uint64) << shift)
+
+
+def _merged(base: U64, span: int) -> tuple[U64, U64]:
+    """Maximal closed ranges of sorted blocks of ``span`` bytes."""
+    if not len(base):
+        return base, base
+    step = np.uint64(span)
+    first = np.flatnonzero(np.concatenate((np.ones(1, np.bool_), base[1:] != base[:-1] + step)))
+    end = np.concatenate((first[1:] - 1, np.array([len(base) - 1])))
+    return base[first], base[end] + (step - np.uint64(1))
+
+
+def _without(e: Extents, first: U64, last: U64) -> Extents:
+    """``e`` less the extents that lie wholly within one of the sorted, disjoint ranges [first, last]."""
+    if not len(e) or not len(first):
+        return e
+    a = np.searchsorted(e.iova, first, side="left")
+    b = np.maximum(np.searchsorted(e.last, last, side="right"), a)
+    if int((b - a).sum()) == len(e):
+        return Extents.empty()
+    edge = np.zeros(len(e) + 1, np.int64)
+    np.add.at(edge, a, 1)
+    np.add.at(edge, b, -1)
+    keep = np.cumsum(edge[:-1]) == 0
+    return Extents(e.iova[keep], e.last[keep], e.pa[keep], e.prot[keep])
+
+
+def _spans(fmt: Format, problems: Problems, attrs: bool) -> Spans:
+    """Problems as spans of IOVAs: the attributes, or all others."""
+    p = problems.take((problems.reason == ATTRS) == attrs)
+    iova, last, level = fmt.extend(p.iova), fmt.extend(p.last), p.level
+    if attrs and len(p) > 1:  # an item's span holds those of the items below
+        top = np.maximum.accumulate(last)
+        fresh = np.concatenate((np.ones(1, np.bool_), iova[1:] > top[:-1]))
+        first = np.flatnonzero(fresh)
+        iova, level = iova[first], level[first]
+        last = top[np.concatenate((first[1:] - 1, np.array([len(top) - 1])))]
+    reason = np.full(len(iova), ATTRS, np.uint8) if attrs else p.reason
+    return Spans(iova, last, reason, level, np.arange(len(iova), dtype=np.int64))
+
+
+def _found(fmt: Format, items: Items) -> Found:
+    leaves = Leaves.of(fmt, items)
+    return Found(leaves.iova, leaves.last, leaves.pa, leaves.prot, items.level)
+
+
+def verify(
+    fmt: Format,
+    mem: Memory,
+    root_pa: int,
+    expected: Extents,
+    *,
+    limit: int = 16,
+    dead_leaves: bool = True,
+    compiled: bool | None = None,
+) -> Verdict:
+    """Compare the table under ``root_pa`` with ``expected``.
+
+    :param expected: sorted, disjoint; need not be canonical. "-w" counts as "rw" where the format has no
+    write-only.
+    :param limit: so many mismatches are named; all are counted.
+    :param dead_leaves: a leaf that is present but lets nothing pass is a mismatch.
+    :param compiled: sweep with Numba (True), with NumPy alone (False), or by size (None). The result is the
+    same.
+    :raises MemoryAbsent: the root is absent. (Absent tables below are mismatches.)
+    :raises InputError: no table at all: sub-trees are shared without bound, or ``root_pa`` is not aligned.
+    """
+    tm = TableMemory(fmt, mem)
+    upper = descend(tm, root_pa)
+    want = Expectation(fmt, expected)
+    base = fmt.extend(upper.base)
+    proved = _proved(tm, upper, base, want, compiled)
+    spec = fmt.levels[0]
+    table_span = spec.items << spec.shift
+    good_first, good_last = _merged(base[proved], table_span)
+    e = _without(want.extents, good_first, good_last)
+    comparison = Comparison(limit)
+    todo = ~proved
+    if len(e) or todo.any() or len(upper.leaves) or len(upper.problems):
+        _judge_rest(tm, upper, base, todo, e, (good_first, good_last), comparison, dead_leaves)
+    mismatches = comparison.mismatches()
+    mapped = want.extents.mapped_bytes
+    return Verdict(
+        equal=comparison.total == 0,
+        mismatches=mismatches,
+        total=comparison.total,
+        pages=(mapped - comparison.failed_bytes) >> 12,
+        table_bytes=upper.visits * fmt.table_bytes,
+    )
+
+
+def _judge_rest(
+    tm: TableMemory,
+    upper: Upper,
+    base: U64,
+    todo: NDArray[np.bool_],
+    e: Extents,
+    good: tuple[U64, U64],
+    comparison: Comparison,
+    dead_leaves: bool,
+) -> None:
+    """Judge all IOVAs outside the proved tables, window by window."""
+    fmt, spec = tm.fmt, tm.fmt.levels[0]
+    span = spec.items << spec.shift
+    t_base, t_raw, t_pa, t_row, t_prot = (
+        base[todo], upper.base[todo], upper.pa[todo], upper.row[todo], upper.prot[todo],
+    )  # fmt: skip
+    large = _found(fmt, upper.leaves)
+    opaque, attrs = _spans(fmt, upper.problems, False), _spans(fmt, upper.problems, True)
+    # Windows begin at every _WINDOW_TABLES-th unproved table and every _WINDOW_EXTENTS-th extent, and skip
+    # what is proved: a proved range may be touched by extents that go beyond it.
+    cuts = np.unique(
+        np.concatenate(
+            (
+                np.zeros(1, np.uint64),
+                t_base[::_WINDOW_TABLES],
+                e.iova[::_WINDOW_EXTENTS] & ~np.uint64(span - 1),
+            )
+        )
+    )
+    starts = cuts.tolist()
+    for start, after in zip(starts, [*starts[1:], 1 << 64], strict=True):
+        last = after - 1
+        lo = int(np.searchsorted(t_base, np.uint64(start), side="left"))
+        hi = int(np.searchsorted(t_base, np.uint64(last), side="right"))
+        found, problems = large, [Problems()]
+        if hi > lo:
+            parts = []
+            for items, bad in expand(tm, t_raw[lo:hi], t_pa[lo:hi], t_row[lo:hi], t_prot[lo:hi]):
+                parts.append(items)
+                problems.append(bad)
+            small = _found(fmt, Items.join(parts))
+            found = _joined(large, small, start, last)
+        if not dead_leaves:
+            alive = found.prot != 0
+            found = Found(*(getattr(found, c)[alive] for c in ("iova", "last", "pa", "prot", "level")))
+        more = Problems.join(problems)
+        o, a = opaque, attrs
+        if len(more):
+            everything = Problems.join([upper.problems, more])
+            o, a = _spans(fmt, everything, False), _spans(fmt, everything, True)
+        comparison.window(start, last, e, found, o, a, good)
+
+
+def _joined(large: Found, small: Found, start: int, last: int) -> Found:
+    """Large and small leaves of a window, sorted."""
+    a, b = (
+        np.searchsorted(large.last, np.uint64(start)),
+        np.searchsorted(large.iova, np.uint64(last), side="right"),
+    )
+    if a == b:
+        return small
+    columns = [
+        np.concatenate((getattr(large, c)[a:b], getattr(small, c)))
+        for c in ("iova", "last", "pa", "prot", "level")
+    ]
+    order = np.argsort(columns[0], kind="stable")
+    return Found(*(c[order] for c in columns))
