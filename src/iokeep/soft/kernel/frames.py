@@ -215,9 +215,10 @@ class FrameAllocator:
             self.words[frames] = 0
         return first
 
-    def claim(self, pfns: I64, owner_tag: int, kind: Kind) -> None:
+    def claim(self, pfns: I64, owner_tag: int | None, kind: Kind) -> None:
         """Take exactly these free frames, each with one reference; their content stays.
 
+        :param owner_tag: None leaves the tags as they are: at boot, frames that devices are using keep their owner.
         :raises OutOfMemory: one of them is not free, or not in this memory; nothing was taken.
         """
         if not len(pfns):
@@ -233,7 +234,8 @@ class FrameAllocator:
         self.hold[pfns] = 1
         self.pin_count[pfns] = 0
         self.planned[pfns] = False
-        self.tags[pfns] = owner_tag
+        if owner_tag is not None:
+            self.tags[pfns] = owner_tag
 
     def give(self, pfns: I64, owner_tag: int, kind: Kind) -> None:
         """Pass frames on to another owner with the reference that they have (RESERVED ones to their new owner)."""
@@ -242,7 +244,7 @@ class FrameAllocator:
 
     def _take_singles(self, n: int) -> I64:
         if n <= 64:
-            out = []
+            out: list[int] = []
             while len(out) < n:
                 if not self._pool and not self._refill():
                     self._pool.extend(out)

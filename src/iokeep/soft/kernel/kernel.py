@@ -17,7 +17,13 @@ from iokeep.soft.kernel.process import NoUserMemory, Process, UserMemory
 
 if TYPE_CHECKING:
     from iokeep.soft.hardware.platform import Platform
-    from iokeep.soft.kernel.vtd import Vtd
+    from iokeep.soft.kernel.device import IommufdDevice
+    from iokeep.soft.kernel.hwpt import HwptPaging
+    from iokeep.soft.kernel.iommufd import Iommufd
+    from iokeep.soft.kernel.syscalls import Result
+    from iokeep.soft.kernel.vfio import VfioDeviceFile
+    from iokeep.soft.kernel.vtd import Domain, Vtd
+    from iokeep.uapi.wire import Request
 
 #: opens a device node for a process: a new file with one reference. :raises SysError: why not.
 OpenNode = Callable[[Process], File]
@@ -70,6 +76,16 @@ class Kernel:
         self.reboot_hooks: list[Callable[[Kernel], None]] = []
         #: undo of reboot_hooks, run in reverse order when a later one fails
         self.reboot_undo_hooks: list[Callable[[Kernel], None]] = []
+        #: asked before a VFIO device is bound to an iommufd; SysError refuses
+        self.bind_checks: list[Callable[[VfioDeviceFile, Iommufd], None]] = []
+        #: asked before a device is attached to an HWPT; SysError refuses
+        self.attach_checks: list[Callable[[IommufdDevice, HwptPaging], None]] = []
+        #: told after it was, with the domain that translated for the device before (None: blocked)
+        self.attached_hooks: list[Callable[[IommufdDevice, HwptPaging, Domain | None], None]] = []
+        #: VFIO files that are bound, by device index
+        self.vfio_bound: dict[int, VfioDeviceFile] = {}
+        #: warnings since boot ("WARN_ON"): a kernel that has any is not to be trusted
+        self.warnings = 0
         #: further holders of frames, asked by audit()
         self.claimants: list[Callable[[], Iterable[Claim]]] = []
         #: set by reboot_kexec when every hook succeeded: the server ends the process
@@ -81,6 +97,11 @@ class Kernel:
     def log(self, message: str) -> None:
         """One entry in the kernel log."""
         self.klog.log(message)
+
+    def warn(self, message: str) -> None:
+        """Something that must not be (WARN_ON); the kernel goes on."""
+        self.warnings += 1
+        self.log(f"WARNING: {message}")
 
     # ---- life
 
@@ -130,6 +151,12 @@ class Kernel:
             self.exit_process(pid)
 
     # ---- processes
+
+    def syscall(self, process: Process, request: Request) -> Result:
+        """One system call of ``process``. :raises SysError: the errno that it fails with."""
+        from iokeep.soft.kernel.syscalls import syscall
+
+        return syscall(self, process, request)
 
     def spawn(
         self, user: UserMemory | None = None, pid: int | None = None, *, privileged: bool = True

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is built into the kernel: registers the device nodes of iommufd and VFIO, and the live-update modules."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from iokeep.soft.kernel import vfio
+from iokeep.soft.kernel.iommufd import open_iommu
+
+if TYPE_CHECKING:
+    from iokeep.soft.kernel.kernel import Kernel
+
+
+def install(kernel: Kernel) -> None:
+    """Register everything; to be called once, before boot."""
+    kernel.device_nodes["/dev/iommu"] = open_iommu
+    kernel.boot_hooks.append(_vfio_nodes)
+
+
+def _vfio_nodes(kernel: Kernel) -> None:
+    for dev in kernel.vtd.devices:
+        kernel.device_nodes[vfio.node_path(dev)] = vfio.opener(dev)

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices of an iommufd: bind, attach, replace, detach (drivers/iommu/iommufd/device.c).
+
+Every device is the only one of its IOMMU group, as VT-d with ACS makes it.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from iokeep.mem.ranges import Range
+from iokeep.soft.kernel.hwpt import HwptPaging
+from iokeep.soft.kernel.ioas import Ioas
+from iokeep.soft.kernel.objects import IommufdObject
+from iokeep.soft.kernel.syserror import SysError
+
+if TYPE_CHECKING:
+    from iokeep.soft.kernel.iommufd import Iommufd
+    from iokeep.soft.kernel.vtd import PciDevice
+
+#: IOMMU_RESV_MSI of every PCI device on x86 (intel_iommu_get_resv_regions: IOAPIC_RANGE_START ... END)
+MSI_WINDOW = Range(0xFEE00000, 0xFEEFFFFF)
+
+
+class IommufdDevice(IommufdObject):
+    """A device bound to an iommufd (struct iommufd_device). The driver that bound it is a user of it.
+
+    ``preserved``: a live update session holds it, its attachment cannot change (EBUSY).
+    """
+
+    type_name = "device"
+
+    def __init__(self, iommufd: Iommufd, dev: PciDevice) -> None:
+        super().__init__(iommufd)
+        self.dev = dev
+        self.hwpt: HwptPaging | None = None
+        self.preserved = False
+
+    @classmethod
+    def bind(cls, iommufd: Iommufd, dev: PciDevice) -> IommufdDevice:
+        """iommufd_device_bind: the iommufd owns the device's DMA from now on. :raises SysError: EBUSY."""
+        if dev.owner is not None:
+            raise SysError(errno.EBUSY, f"{dev.name}: its DMA belongs to another iommufd")
+        idev = cls(iommufd, dev)
+        dev.owner = iommufd
+        iommufd.get()
+        idev.users += 1
+        iommufd.add(idev)
+        return idev
+
+    def unbind(self) -> None:
+        """iommufd_device_unbind."""
+        iommufd = self.iommufd
+        self.users -= 1
+        iommufd.remove(self.id)
+        iommufd.put()
+
+    def destroy(self) -> None:
+        """Give the DMA ownership back."""
+        self.dev.owner = None
+
+    # ---- attachment
+
+    def attach(self, pt_id: int) -> int:
+        """Attach to an HWPT, or to an IOAS (an automatic HWPT); the HWPT's id.
+
+        A device that is attached already is moved without a gap (iommufd_device_replace).
+
+        :raises SysError: ENOENT, EINVAL, EBUSY, what attach and fill refuse; nothing changed then.
+        """
+        if self.preserved:
+            raise SysError(errno.EBUSY, f"{self.dev.name} is preserved, its attachment cannot change")
+        target = self.iommufd.find(pt_id)
+        if isinstance(target, HwptPaging):
+            self._change(target)
+            return target.id
+        if isinstance(target, Ioas):
+            return self._auto_domain(target)
+        raise SysError(errno.EINVAL, f"{target.type_name} {pt_id} is neither an IOAS nor an HWPT")
+
+    def _change(self, hwpt: HwptPaging) -> None:
+        if self.hwpt is None:
+            self.attach_hwpt(hwpt)
+        else:
+            self._replace(hwpt)
+
+    def _auto_domain(self, ioas: Ioas) -> int:
+        """iommufd_device_auto_get_domain: any automatic domain of the IOAS will do, else a new one."""
+        for hwpt in ioas.hwpts:
+            if hwpt.auto_domain:
+                self._change(hwpt)
+                return hwpt.id
+        immediate = self.hwpt is None
+        hwpt = HwptPaging.alloc(ioas, self, 0, data_type=0, immediate=immediate)
+        if not immediate:
+            try:
+                self._replace(hwpt)
+            except SysError:
+                hwpt.destroy()
+                raise
+            hwpt.auto_domain = True
+        self.iommufd.add(hwpt)
+        return hwpt.id
+
+    def attach_hwpt(self, hwpt: HwptPaging) -> None:
+        """iommufd_hw_pagetable_attach for a device that is not attached."""
+        kernel = self.iommufd.kernel
+        for check in kernel.attach_checks:
+            check(self, hwpt)
+        hwpt.ioas.reserve(MSI_WINDOW, self)
+        before = self.dev.domain
+        try:
+            kernel.vtd.set_domain(self.dev, hwpt.domain)
+        except SysError:
+            hwpt.ioas.unreserve(self)
+            raise
+        hwpt.users += 1
+        hwpt.devices.append(self)
+        self.hwpt = hwpt
+        self.users += 1
+        for hook in kernel.attached_hooks:
+            hook(self, hwpt, before)
+
+    def _replace(self, hwpt: HwptPaging) -> None:
+        """iommufd_device_do_replace: the new domain takes over at one instant."""
+        old = self.hwpt
+        if old is None:
+            raise AssertionError("replace of a device that is not attached")
+        if hwpt is old:
+            return
+        kernel = self.iommufd.kernel
+        for check in kernel.attach_checks:
+            check(self, hwpt)
+        other_ioas = hwpt.ioas is not old.ioas
+        if other_ioas:
+            hwpt.ioas.reserve(MSI_WINDOW, self)
+        before = self.dev.domain
+        try:
+            kernel.vtd.set_domain(self.dev, hwpt.domain)
+        except SysError:
+            if other_ioas:
+                hwpt.ioas.unreserve(self)
+            raise
+        if other_ioas:
+            old.ioas.unreserve(self)
+        hwpt.users += 1
+        hwpt.devices.append(self)
+        self.hwpt = hwpt
+        old.devices.remove(self)
+        for hook in kernel.attached_hooks:
+            hook(self, hwpt, before)
+        self._put(old)
+
+    def detach(self) -> None:
+        """iommufd_device_detach: DMA is blocked from now on. :raises SysError: EBUSY."""
+        if self.preserved:
+            raise SysError(errno.EBUSY, f"{self.dev.name} is preserved, its attachment cannot change")
+        hwpt = self.detach_hwpt()
+        if hwpt is not None:
+            self._put(hwpt, dropped=True)
+
+    def detach_hwpt(self) -> HwptPaging | None:
+        """Take the device off its HWPT, which keeps existing; the HWPT, whose user is dropped already."""
+        hwpt = self.hwpt
+        if hwpt is None:
+            return None
+        self.iommufd.kernel.vtd.set_domain(self.dev, None)
+        hwpt.devices.remove(self)
+        hwpt.ioas.unreserve(self)
+        hwpt.users -= 1
+        self.hwpt = None
+        self.users -= 1
+        return hwpt
+
+    def _put(self, hwpt: HwptPaging, *, dropped: bool = False) -> None:
+        """iommufd_hw_pagetable_put: an automatic domain goes with its last device."""
+        if not dropped:
+            hwpt.users -= 1
+        if hwpt.auto_domain and hwpt.users == 1:
+            self.iommufd.remove(hwpt.id)

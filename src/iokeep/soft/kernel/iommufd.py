@@ -1,0 +1,615 @@
+# SPDX-License-Identifier: Apache-2.0
+"""/dev/iommu: the file, its objects, and one function for each ioctl.
+
+Each function follows the one of the same name in drivers/iommu/iommufd of Linux 7.3 (ioas.c, hw_pagetable.c,
+device.c, eventq.c, viommu.c, vfio_compat.c), so that the same call fails for the same reason with the same errno.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from iokeep.mem.ranges import Range
+from iokeep.pt.extents import PROT_R, PROT_W
+from iokeep.soft.kernel.device import IommufdDevice
+from iokeep.soft.kernel.files import File, Ioctl
+from iokeep.soft.kernel.frames import FRAME_BYTES, Claim
+from iokeep.soft.kernel.hwpt import HwptPaging
+from iokeep.soft.kernel.ioas import Ioas, Piece
+from iokeep.soft.kernel.objects import IommufdObject
+from iokeep.soft.kernel.pages import ULONG_MAX, Pages
+from iokeep.soft.kernel.syserror import SysError
+from iokeep.uapi import iommufd as uapi
+from iokeep.uapi.copy_struct import IOMMU_IOCTLS, copy_struct_in
+
+if TYPE_CHECKING:
+    from iokeep.soft.kernel.kernel import Kernel
+    from iokeep.soft.kernel.process import Process
+
+_MAP_FLAGS = uapi.IOMMU_IOAS_MAP_FIXED_IOVA | uapi.IOMMU_IOAS_MAP_WRITEABLE | uapi.IOMMU_IOAS_MAP_READABLE
+#: ranges that one IOAS_ALLOW_IOVAS may bring; Linux has no bound but its memory
+_MAX_RANGES = 1 << 16
+
+
+class FaultQueue(IommufdObject):
+    """A fault object; no device of this platform has PRI, so it stays empty."""
+
+    type_name = "fault"
+
+    def __init__(self, iommufd: Iommufd) -> None:
+        super().__init__(iommufd)
+
+    def destroy(self) -> None:
+        """Nothing is in it."""
+
+
+class FaultFile(File):
+    """The descriptor of a fault queue: reads give nothing, since no fault ever comes."""
+
+    kind_name = "iommufd fault queue"
+
+    def __init__(self, kernel: Kernel, queue: FaultQueue) -> None:
+        super().__init__(kernel, "[iommufd-pgfault]")
+        self._queue = queue
+        queue.users += 1
+        queue.iommufd.get()
+
+    def release(self) -> None:
+        """Lets the object go."""
+        self._queue.users -= 1
+        self._queue.iommufd.put()
+
+
+class Iommufd(File):
+    """An open /dev/iommu (struct iommufd_ctx).
+
+    ``objects`` id -> object. ``preserved``: a live update session holds it: IOASes cannot change (EBUSY).
+    """
+
+    kind_name = "iommufd"
+
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__(kernel, "iommufd")
+        self.objects: dict[int, IommufdObject] = {}
+        self.preserved = False
+        self.account_mm = False
+        self.vfio_ioas: Ioas | None = None
+        self._lowest = 1
+
+    # ---- objects (main.c)
+
+    def add(self, item: IommufdObject) -> int:
+        """List an object under the lowest free id (XA_FLAGS_ALLOC1); the id."""
+        number = self._lowest
+        while number in self.objects:
+            number += 1
+        self._lowest = number + 1
+        self.objects[number] = item
+        item.id = number
+        return number
+
+    def find(self, number: int) -> IommufdObject:
+        """iommufd_get_object for any type. :raises SysError: ENOENT."""
+        item = self.objects.get(number)
+        if item is None:
+            raise SysError(errno.ENOENT, f"iommufd has no object {number}")
+        return item
+
+    def ioas(self, number: int) -> Ioas:
+        """:raises SysError: ENOENT."""
+        item = self.find(number)
+        if not isinstance(item, Ioas):
+            raise SysError(errno.ENOENT, f"{item.type_name} {number} is no IOAS")
+        return item
+
+    def hwpt(self, number: int) -> HwptPaging:
+        """:raises SysError: ENOENT."""
+        item = self.find(number)
+        if not isinstance(item, HwptPaging):
+            raise SysError(errno.ENOENT, f"{item.type_name} {number} is no paging HWPT")
+        return item
+
+    def device(self, number: int) -> IommufdDevice:
+        """:raises SysError: ENOENT."""
+        item = self.find(number)
+        if not isinstance(item, IommufdDevice):
+            raise SysError(errno.ENOENT, f"{item.type_name} {number} is no device")
+        return item
+
+    def remove(self, number: int) -> None:
+        """iommufd_object_remove: destroy an object that nobody else uses. :raises SysError: ENOENT, EBUSY."""
+        item = self.find(number)
+        if item.users != 1:
+            raise SysError(errno.EBUSY, f"{item.type_name} {number} has {item.users - 1} users")
+        self._drop(number)
+
+    def _drop(self, number: int) -> None:
+        item = self.objects.pop(number)
+        self._lowest = min(self._lowest, number)
+        item.destroy()
+
+    def forget_compat(self, ioas: Ioas) -> None:
+        """The compat IOAS is destroyed."""
+        if self.vfio_ioas is ioas:
+            self.vfio_ioas = None
+
+    def release(self) -> None:
+        """iommufd_fops_release: leaves of the graph of users first, until nothing is left."""
+        while self.objects:
+            leaves = [number for number, item in sorted(self.objects.items()) if item.users == 1]
+            if not leaves:
+                names = ", ".join(f"{item.type_name} {number}" for number, item in self.objects.items())
+                raise AssertionError(f"iommufd released with objects in use: {names}")
+            for number in leaves:
+                self._drop(number)
+
+    def claims(self) -> Iterable[Claim]:
+        """The pins of every IOAS."""
+        for item in self.objects.values():
+            yield from item.claims()
+
+    # ---- ioctl
+
+    def ioctl(self, call: Ioctl) -> int:
+        """iommufd_fops_ioctl. :raises SysError: ENOTTY for what is not in the table."""
+        handler = _HANDLERS.get(call.request)
+        if handler is None:
+            raise SysError(errno.ENOTTY, f"/dev/iommu has no ioctl {call.request:#x}")
+        try:
+            cmd = copy_struct_in(IOMMU_IOCTLS[call.request].struct, call.raw)
+        except OSError as error:
+            raise SysError(error.errno or errno.EFAULT, str(error)) from error
+        return handler(self, call, cmd) or 0
+
+
+def open_iommu(process: Process) -> File:
+    """open("/dev/iommu")."""
+    return Iommufd(process.kernel)
+
+
+def _reserved(cmd: Any, *names: str) -> None:
+    for name in names or ("__reserved",):
+        if getattr(cmd, name):
+            raise SysError(errno.EOPNOTSUPP, f"{type(cmd).__name__}.{name} is not 0")
+
+
+# ---- IOAS (ioas.c)
+
+
+def iommufd_destroy(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_destroy) -> None:
+    """IOMMU_DESTROY."""
+    if isinstance(ictx.objects.get(cmd.id), Ioas) and ictx.objects[cmd.id].users == 1:
+        ictx.ioas(cmd.id).check_mutable()
+    ictx.remove(cmd.id)
+
+
+def iommufd_ioas_alloc_ioctl(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_ioas_alloc) -> None:
+    """IOMMU_IOAS_ALLOC."""
+    if cmd.flags:
+        raise SysError(errno.EOPNOTSUPP, f"IOAS_ALLOC flags {cmd.flags:#x}")
+    cmd.out_ioas_id = ictx.add(Ioas(ictx))
+    call.respond(cmd)
+
+
+def iommufd_ioas_iova_ranges(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_ioas_iova_ranges) -> None:
+    """IOMMU_IOAS_IOVA_RANGES; too small an array gets what fits, the number needed, and EMSGSIZE."""
+    _reserved(cmd)
+    ioas = ictx.ioas(cmd.ioas_id)
+    ranges = ioas.holes()
+    room = cmd.num_iovas
+    fits = ranges[:room]
+    if fits:
+        rows = (uapi.iommu_iova_range * len(fits))()
+        for row, hole in zip(rows, fits, strict=True):
+            row.start, row.last = hole.start, hole.last
+        call.process.copy_to_user(cmd.allowed_iovas, bytes(rows))
+    cmd.num_iovas = len(ranges)
+    cmd.out_iova_alignment = ioas.iova_alignment
+    call.respond(cmd)
+    if len(ranges) > room:
+        raise SysError(
+            errno.EMSGSIZE, f"IOAS {ioas.id} has {len(ranges)} ranges, there is room for {room}", respond=True
+        )
+
+
+def iommufd_ioas_allow_iovas(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_ioas_allow_iovas) -> None:
+    """IOMMU_IOAS_ALLOW_IOVAS."""
+    _reserved(cmd)
+    ioas = ictx.ioas(cmd.ioas_id)
+    if cmd.num_iovas > _MAX_RANGES:
+        raise SysError(errno.ENOMEM, f"ALLOW_IOVAS of {cmd.num_iovas} ranges")
+    size = ctypes.sizeof(uapi.iommu_iova_range)
+    allowed: list[Range] = []
+    if cmd.num_iovas:
+        raw = call.process.copy_from_user(cmd.allowed_iovas, cmd.num_iovas * size)
+        for at in range(0, len(raw), size):
+            row = uapi.iommu_iova_range.from_buffer_copy(raw, at)
+            if row.start >= row.last:
+                raise SysError(errno.EINVAL, f"allowed range {row.start:#x} ... {row.last:#x}")
+            allowed.append(Range(row.start, row.last))
+        ordered = sorted(allowed)
+        for a, b in pairwise(ordered):
+            if b.start <= a.last:
+                raise SysError(errno.EINVAL, f"allowed ranges overlap at {b.start:#x}")
+    ioas.set_allowed(allowed)
+
+
+def _map_prot(flags: int) -> int:
+    """conv_iommu_prot, and the checks on flags that MAP, MAP_FILE and COPY share after the overflow check."""
+    prot = 0
+    if flags & uapi.IOMMU_IOAS_MAP_READABLE:
+        prot |= PROT_R
+    if flags & uapi.IOMMU_IOAS_MAP_WRITEABLE:
+        prot |= PROT_W
+    if not prot:
+        raise SysError(errno.EINVAL, "a mapping that can neither be read nor written")
+    return prot
+
+
+def _map_flags(flags: int) -> None:
+    if flags & ~_MAP_FLAGS:
+        raise SysError(errno.EOPNOTSUPP, f"map flags {flags:#x}")
+
+
+def _below_max(**values: int) -> None:
+    for name, value in values.items():
+        if value >= ULONG_MAX:
+            raise SysError(errno.EOVERFLOW, f"{name} {value:#x}")
+
+
+def iommufd_ioas_map(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_ioas_map) -> None:
+    """IOMMU_IOAS_MAP."""
+    _map_flags(cmd.flags)
+    _reserved(cmd)
+    _below_max(iova=cmd.iova, length=cmd.length)
+    prot = _map_prot(cmd.flags)
+    ioas = ictx.ioas(cmd.ioas_id)
+    # iopt_alloc_user_pages
+    if cmd.user_va + cmd.length > ULONG_MAX:
+        raise SysError(errno.EOVERFLOW, f"user_va {cmd.user_va:#x} + {cmd.length:#x}")
+    start_byte = cmd.user_va % FRAME_BYTES
+    pages = Pages(
+        ictx.kernel,
+        start_byte,
+        cmd.length,
+        writable=bool(prot & PROT_W),
+        process=call.process,
+        uptr=cmd.user_va - start_byte,
+    )
+    cmd.iova = _map(ioas, pages, start_byte, cmd, prot)
+    call.respond(cmd)
+
+
+def iommufd_ioas_map_file(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_ioas_map_file) -> None:
+    """IOMMU_IOAS_MAP_FILE. The file is only looked at when its pages are pinned: once a domain shows the IOAS."""
+    _map_flags(cmd.flags)
+    _below_max(iova=cmd.iova, length=cmd.length)
+    prot = _map_prot(cmd.flags)
+    ioas = ictx.ioas(cmd.ioas_id)
+    # iopt_map_file_pages
+    if not cmd.length:
+        raise SysError(errno.EINVAL, "MAP_FILE of nothing")
+    if cmd.start + cmd.length - 1 > ULONG_MAX:
+        raise SysError(errno.EOVERFLOW, f"start {cmd.start:#x} + {cmd.length:#x}")
+    file = call.process.file(cmd.fd)
+    start_byte = cmd.start % FRAME_BYTES
+    pages = Pages(
+        ictx.kernel,
+        start_byte,
+        cmd.length,
+        writable=bool(prot & PROT_W),
+        file=file,
+        offset=cmd.start - start_byte,
+    )
+    cmd.iova = _map(ioas, pages, start_byte, cmd, prot)
+    call.respond(cmd)
+
+
+def _map(ioas: Ioas, pages: Pages, start_byte: int, cmd: Any, prot: int) -> int:
+    iova = cmd.iova if cmd.flags & uapi.IOMMU_IOAS_MAP_FIXED_IOVA else None
+    return ioas.map_pieces([Piece(pages, start_byte, cmd.length)], cmd.length, iova, prot)
+
+
+def iommufd_ioas_copy(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_ioas_copy) -> None:
+    """IOMMU_IOAS_COPY: any contiguously mapped range, parts of areas too."""
+    _map_flags(cmd.flags)
+    _below_max(length=cmd.length, src_iova=cmd.src_iova, dst_iova=cmd.dst_iova)
+    prot = _map_prot(cmd.flags)
+    pieces = ictx.ioas(cmd.src_ioas_id).pieces_of(cmd.src_iova, cmd.length)
+    try:
+        target = ictx.ioas(cmd.dst_ioas_id)
+    except SysError:
+        for piece in pieces:
+            piece.pages.put()
+        raise
+    iova = cmd.dst_iova if cmd.flags & uapi.IOMMU_IOAS_MAP_FIXED_IOVA else None
+    cmd.dst_iova = target.map_pieces(pieces, cmd.length, iova, prot)
+    call.respond(cmd)
+
+
+def iommufd_ioas_unmap(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_ioas_unmap) -> None:
+    """IOMMU_IOAS_UNMAP."""
+    ioas = ictx.ioas(cmd.ioas_id)
+    if cmd.iova == 0 and cmd.length == ULONG_MAX:
+        cmd.length = ioas.unmap_all()
+    else:
+        _below_max(iova=cmd.iova, length=cmd.length)
+        if not cmd.length:
+            raise SysError(errno.EINVAL, "UNMAP of nothing")
+        last = cmd.iova + cmd.length - 1
+        if last > ULONG_MAX:
+            raise SysError(errno.EOVERFLOW, f"iova {cmd.iova:#x} + {cmd.length:#x}")
+        cmd.length = ioas.unmap(cmd.iova, last)
+    call.respond(cmd)
+
+
+def iommufd_ioas_change_process(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_ioas_change_process) -> None:
+    """IOMMU_IOAS_CHANGE_PROCESS: only where every mapping is of a file, so that no page belongs to a process."""
+    _reserved(cmd)
+    for item in ictx.objects.values():
+        if isinstance(item, Ioas):
+            for area in item.areas:
+                if area.pages.file is None:
+                    raise SysError(
+                        errno.EINVAL, f"IOAS {item.id}: {area.iova:#x} maps user memory, not a file"
+                    )
+    for item in ictx.objects.values():
+        if isinstance(item, Ioas):
+            for area in item.areas:
+                area.pages.process = call.process
+
+
+def iommufd_option(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_option) -> None:
+    """IOMMU_OPTION."""
+    _reserved(cmd)
+    if cmd.option_id == uapi.IOMMU_OPTION_RLIMIT_MODE:
+        _option_rlimit_mode(ictx, call, cmd)
+    elif cmd.option_id == uapi.IOMMU_OPTION_HUGE_PAGES:
+        _option_huge_pages(ictx.ioas(cmd.object_id), cmd)
+    else:
+        raise SysError(errno.EOPNOTSUPP, f"option {cmd.option_id}")
+    call.respond(cmd)
+
+
+def _option_rlimit_mode(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_option) -> None:
+    if cmd.object_id:
+        raise SysError(errno.EOPNOTSUPP, "RLIMIT_MODE is no option of an object")
+    if cmd.op == uapi.IOMMU_OPTION_OP_GET:
+        cmd.val64 = int(ictx.account_mm)
+    elif cmd.op == uapi.IOMMU_OPTION_OP_SET:
+        if not call.process.privileged:
+            raise SysError(errno.EPERM, "RLIMIT_MODE needs CAP_SYS_RESOURCE")
+        if ictx.objects:
+            raise SysError(errno.EBUSY, "RLIMIT_MODE can only be set before there are objects")
+        if cmd.val64 not in (0, 1):
+            raise SysError(errno.EINVAL, f"RLIMIT_MODE {cmd.val64}")
+        ictx.account_mm = bool(cmd.val64)
+    else:
+        raise SysError(errno.EOPNOTSUPP, f"option op {cmd.op}")
+
+
+def _option_huge_pages(ioas: Ioas, cmd: uapi.iommu_option) -> None:
+    if cmd.op == uapi.IOMMU_OPTION_OP_GET:
+        cmd.val64 = int(not ioas.disable_large_pages)
+    elif cmd.op == uapi.IOMMU_OPTION_OP_SET:
+        if cmd.val64 not in (0, 1):
+            raise SysError(errno.EINVAL, f"HUGE_PAGES {cmd.val64}")
+        ioas.set_huge_pages(bool(cmd.val64))
+    else:
+        raise SysError(errno.EOPNOTSUPP, f"option op {cmd.op}")
+
+
+def iommufd_vfio_ioas(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_vfio_ioas) -> None:
+    """IOMMU_VFIO_IOAS."""
+    _reserved(cmd)
+    if cmd.op == uapi.IOMMU_VFIO_IOAS_GET:
+        if ictx.vfio_ioas is None:
+            raise SysError(errno.ENODEV, "no compat IOAS")
+        cmd.ioas_id = ictx.vfio_ioas.id
+        call.respond(cmd)
+    elif cmd.op == uapi.IOMMU_VFIO_IOAS_SET:
+        ictx.vfio_ioas = ictx.ioas(cmd.ioas_id)
+    elif cmd.op == uapi.IOMMU_VFIO_IOAS_CLEAR:
+        ictx.vfio_ioas = None
+    else:
+        raise SysError(errno.EOPNOTSUPP, f"VFIO_IOAS op {cmd.op}")
+
+
+def iommufd_ioas_noiommu_get_pa(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_ioas_noiommu_get_pa) -> None:
+    """IOMMU_IOAS_NOIOMMU_GET_PA: there is an IOMMU, so no IOAS is a noiommu one."""
+    if not call.process.privileged:
+        raise SysError(errno.EPERM, "NOIOMMU_GET_PA needs CAP_SYS_RAWIO")
+    if cmd.flags:
+        raise SysError(errno.EOPNOTSUPP, f"NOIOMMU_GET_PA flags {cmd.flags:#x}")
+    _reserved(cmd)
+    if not cmd.length:
+        raise SysError(errno.EINVAL, "NOIOMMU_GET_PA of nothing")
+    if cmd.iova + cmd.length - 1 > ULONG_MAX:
+        raise SysError(errno.EOVERFLOW, f"iova {cmd.iova:#x} + {cmd.length:#x}")
+    ioas = ictx.ioas(cmd.ioas_id)
+    if ioas.area_at(cmd.iova, cmd.iova) is None:
+        raise SysError(errno.ENOENT, f"nothing is mapped at {cmd.iova:#x}")
+    raise SysError(errno.EOPNOTSUPP, f"IOAS {ioas.id} is behind an IOMMU")
+
+
+# ---- HWPT (hw_pagetable.c)
+
+
+def iommufd_hwpt_alloc(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_hwpt_alloc) -> None:
+    """IOMMU_HWPT_ALLOC."""
+    _reserved(cmd)
+    if (cmd.data_type == uapi.IOMMU_HWPT_DATA_NONE) != (cmd.data_len == 0):
+        raise SysError(errno.EINVAL, f"HWPT data type {cmd.data_type} with {cmd.data_len} bytes")
+    idev = ictx.device(cmd.dev_id)
+    target = ictx.objects.get(cmd.pt_id)
+    if isinstance(target, HwptPaging):
+        # iommufd_hwpt_nested_alloc: only a nesting parent can carry one, and this IOMMU has none
+        if cmd.flags & ~(uapi.IOMMU_HWPT_FAULT_ID_VALID | uapi.IOMMU_HWPT_ALLOC_PASID) or not cmd.data_len:
+            raise SysError(errno.EOPNOTSUPP, f"nested HWPT with flags {cmd.flags:#x}")
+        raise SysError(errno.EINVAL, f"HWPT {cmd.pt_id} is no nesting parent")
+    if not isinstance(target, Ioas):
+        raise SysError(errno.EINVAL, f"object {cmd.pt_id} is neither an IOAS nor an HWPT")
+    fault: IommufdObject | None = None
+    if cmd.flags & uapi.IOMMU_HWPT_FAULT_ID_VALID:
+        fault = ictx.find(cmd.fault_id)
+        if not isinstance(fault, FaultQueue):
+            raise SysError(errno.ENOENT, f"{fault.type_name} {cmd.fault_id} is no fault queue")
+    hwpt = HwptPaging.alloc(target, idev, cmd.flags, data_type=cmd.data_type, immediate=False)
+    if fault is not None:
+        fault.users += 1
+        hwpt.fault = fault
+    cmd.out_hwpt_id = ictx.add(hwpt)
+    call.respond(cmd)
+
+
+def iommufd_hwpt_set_dirty_tracking(
+    ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_hwpt_set_dirty_tracking
+) -> None:
+    """IOMMU_HWPT_SET_DIRTY_TRACKING: the domains have no dirty ops."""
+    if cmd.flags & ~uapi.IOMMU_HWPT_DIRTY_TRACKING_ENABLE:
+        raise SysError(errno.EOPNOTSUPP, f"dirty tracking flags {cmd.flags:#x}")
+    ictx.hwpt(cmd.hwpt_id)
+    raise SysError(errno.EOPNOTSUPP, "this IOMMU has no dirty tracking")
+
+
+def iommufd_hwpt_get_dirty_bitmap(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_hwpt_get_dirty_bitmap) -> None:
+    """IOMMU_HWPT_GET_DIRTY_BITMAP; iommufd_check_iova_range, then no dirty ops."""
+    if cmd.flags & ~uapi.IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR or getattr(cmd, "__reserved"):
+        raise SysError(errno.EOPNOTSUPP, f"dirty bitmap flags {cmd.flags:#x}")
+    hwpt = ictx.hwpt(cmd.hwpt_id)
+    last = cmd.iova + cmd.length - 1
+    if not cmd.length or last > ULONG_MAX:
+        raise SysError(errno.EOVERFLOW, f"iova {cmd.iova:#x} + {cmd.length:#x}")
+    mask = hwpt.ioas.iova_alignment - 1
+    if cmd.iova & mask or (last + 1) & mask or not cmd.page_size:
+        raise SysError(errno.EINVAL, f"dirty bitmap of {cmd.iova:#x} ... {last:#x}")
+    mask = cmd.page_size - 1
+    if cmd.iova & mask or (last + 1) & mask:
+        raise SysError(
+            errno.EINVAL, f"dirty bitmap of {cmd.iova:#x} ... {last:#x} in pages of {cmd.page_size:#x}"
+        )
+    raise SysError(errno.EOPNOTSUPP, "this IOMMU has no dirty tracking")
+
+
+def iommufd_hwpt_invalidate(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_hwpt_invalidate) -> None:
+    """IOMMU_HWPT_INVALIDATE: only nested HWPTs and vIOMMUs have guest caches. Copied out with 0 done."""
+    wanted, failure = cmd.entry_num, SysError(errno.EINVAL, "the HWPT has no guest caches", respond=True)
+    cmd.entry_num = 0
+    call.respond(cmd)
+    if getattr(cmd, "__reserved"):
+        failure = SysError(errno.EOPNOTSUPP, "__reserved is not 0", respond=True)
+    elif wanted and not (cmd.data_uptr and cmd.entry_len):
+        failure = SysError(errno.EINVAL, "entries without data", respond=True)
+    elif cmd.hwpt_id not in ictx.objects:
+        failure = SysError(errno.ENOENT, f"iommufd has no object {cmd.hwpt_id}", respond=True)
+    raise failure
+
+
+# ---- devices, faults, vIOMMU (device.c, eventq.c, viommu.c)
+
+
+def iommufd_get_hw_info(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_hw_info) -> None:
+    """IOMMU_GET_HW_INFO: CAP and ECAP as the registers have them (intel_iommu_hw_info)."""
+    if cmd.flags & ~uapi.IOMMU_HW_INFO_FLAG_INPUT_TYPE or any(getattr(cmd, "__reserved")):
+        raise SysError(errno.EOPNOTSUPP, f"GET_HW_INFO flags {cmd.flags:#x}")
+    wanted = cmd.in_data_type if cmd.flags & uapi.IOMMU_HW_INFO_FLAG_INPUT_TYPE else 0
+    if cmd.data_len and not cmd.data_uptr:
+        raise SysError(errno.EINVAL, f"{cmd.data_len} bytes at no pointer")
+    idev = ictx.device(cmd.dev_id)
+    if wanted not in (uapi.IOMMU_HW_INFO_TYPE_DEFAULT, uapi.IOMMU_HW_INFO_TYPE_INTEL_VTD):
+        raise SysError(errno.EOPNOTSUPP, f"hardware info of type {wanted} from VT-d")
+    vtd = ictx.kernel.vtd
+    info = uapi.iommu_hw_info_vtd()
+    info.cap_reg, info.ecap_reg = vtd.cap, vtd.ecap
+    data = bytes(info)
+    if cmd.data_len:
+        out = data[: cmd.data_len]
+        # trailing bytes of a bigger buffer are zeroed; what is written at once is bounded here
+        call.process.copy_to_user(cmd.data_uptr, out)
+        at, left = cmd.data_uptr + len(out), cmd.data_len - len(out)
+        while left > 0:
+            n = min(left, 1 << 20)
+            call.process.copy_to_user(at, bytes(n))
+            at, left = at + n, left - n
+    cmd.data_len = len(data)
+    cmd.out_data_type = uapi.IOMMU_HW_INFO_TYPE_INTEL_VTD
+    cmd.out_capabilities = 0 if idev.dev.has_ats else uapi.IOMMU_HW_CAP_PCI_ATS_NOT_SUPPORTED
+    cmd.out_max_pasid_log2 = 0
+    call.respond(cmd)
+
+
+def iommufd_fault_alloc(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_fault_alloc) -> None:
+    """IOMMU_FAULT_QUEUE_ALLOC."""
+    if cmd.flags:
+        raise SysError(errno.EOPNOTSUPP, f"fault queue flags {cmd.flags:#x}")
+    queue = FaultQueue(ictx)
+    cmd.out_fault_fd = call.process.install(FaultFile(ictx.kernel, queue))
+    cmd.out_fault_id = ictx.add(queue)
+    call.respond(cmd)
+
+
+def iommufd_viommu_alloc_ioctl(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_viommu_alloc) -> None:
+    """IOMMU_VIOMMU_ALLOC: VT-d has no viommu ops."""
+    if cmd.flags or cmd.type == uapi.IOMMU_VIOMMU_TYPE_DEFAULT:
+        raise SysError(errno.EOPNOTSUPP, f"vIOMMU of type {cmd.type}, flags {cmd.flags:#x}")
+    ictx.device(cmd.dev_id)
+    raise SysError(errno.EOPNOTSUPP, "VT-d has no vIOMMU")
+
+
+def iommufd_vdevice_alloc_ioctl(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_vdevice_alloc) -> None:
+    """IOMMU_VDEVICE_ALLOC: there can be no vIOMMU."""
+    if cmd.virt_id > 2**32 - 1:
+        raise SysError(errno.EINVAL, f"virt_id {cmd.virt_id:#x}")
+    raise SysError(errno.ENOENT, f"object {cmd.viommu_id} is no vIOMMU")
+
+
+def iommufd_veventq_alloc(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_veventq_alloc) -> None:
+    """IOMMU_VEVENTQ_ALLOC: there can be no vIOMMU."""
+    if cmd.flags or getattr(cmd, "__reserved") or cmd.type == uapi.IOMMU_VEVENTQ_TYPE_DEFAULT:
+        raise SysError(errno.EOPNOTSUPP, f"event queue of type {cmd.type}, flags {cmd.flags:#x}")
+    if not cmd.veventq_depth:
+        raise SysError(errno.EINVAL, "event queue of depth 0")
+    raise SysError(errno.ENOENT, f"object {cmd.viommu_id} is no vIOMMU")
+
+
+def iommufd_hw_queue_alloc_ioctl(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_hw_queue_alloc) -> None:
+    """IOMMU_HW_QUEUE_ALLOC: there can be no vIOMMU."""
+    if cmd.flags or cmd.type == uapi.IOMMU_HW_QUEUE_TYPE_DEFAULT:
+        raise SysError(errno.EOPNOTSUPP, f"hardware queue of type {cmd.type}, flags {cmd.flags:#x}")
+    if not cmd.length:
+        raise SysError(errno.EINVAL, "hardware queue of no length")
+    if cmd.nesting_parent_iova + cmd.length - 1 > ULONG_MAX:
+        raise SysError(errno.EOVERFLOW, f"iova {cmd.nesting_parent_iova:#x} + {cmd.length:#x}")
+    raise SysError(errno.ENOENT, f"object {cmd.viommu_id} is no vIOMMU")
+
+
+_Handler = Callable[[Iommufd, Ioctl, Any], int | None]
+
+_HANDLERS: dict[int, _Handler] = {
+    uapi.IOMMU_DESTROY: iommufd_destroy,
+    uapi.IOMMU_IOAS_ALLOC: iommufd_ioas_alloc_ioctl,
+    uapi.IOMMU_IOAS_ALLOW_IOVAS: iommufd_ioas_allow_iovas,
+    uapi.IOMMU_IOAS_COPY: iommufd_ioas_copy,
+    uapi.IOMMU_IOAS_IOVA_RANGES: iommufd_ioas_iova_ranges,
+    uapi.IOMMU_IOAS_MAP: iommufd_ioas_map,
+    uapi.IOMMU_IOAS_UNMAP: iommufd_ioas_unmap,
+    uapi.IOMMU_OPTION: iommufd_option,
+    uapi.IOMMU_VFIO_IOAS: iommufd_vfio_ioas,
+    uapi.IOMMU_HWPT_ALLOC: iommufd_hwpt_alloc,
+    uapi.IOMMU_GET_HW_INFO: iommufd_get_hw_info,
+    uapi.IOMMU_HWPT_SET_DIRTY_TRACKING: iommufd_hwpt_set_dirty_tracking,
+    uapi.IOMMU_HWPT_GET_DIRTY_BITMAP: iommufd_hwpt_get_dirty_bitmap,
+    uapi.IOMMU_HWPT_INVALIDATE: iommufd_hwpt_invalidate,
+    uapi.IOMMU_FAULT_QUEUE_ALLOC: iommufd_fault_alloc,
+    uapi.IOMMU_IOAS_MAP_FILE: iommufd_ioas_map_file,
+    uapi.IOMMU_VIOMMU_ALLOC: iommufd_viommu_alloc_ioctl,
+    uapi.IOMMU_VDEVICE_ALLOC: iommufd_vdevice_alloc_ioctl,
+    uapi.IOMMU_IOAS_CHANGE_PROCESS: iommufd_ioas_change_process,
+    uapi.IOMMU_VEVENTQ_ALLOC: iommufd_veventq_alloc,
+    uapi.IOMMU_HW_QUEUE_ALLOC: iommufd_hw_queue_alloc_ioctl,
+    uapi.IOMMU_IOAS_NOIOMMU_GET_PA: iommufd_ioas_noiommu_get_pa,
+}

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Areas and the pages behind them: who pins which frames, and where iommufd finds their PFNs again.
+
+Follows drivers/iommu/iommufd/pages.c. Once an area is filled into a domain, its PFNs are stored nowhere but in that
+domain's table: they are read back by iova_to_phys when the area goes away, and what was read is unpinned. Nothing
+else is trusted, so a wrong table does its damage.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from iokeep.mem.ranges import Range, merge, subtract
+from iokeep.pt.extents import Extents
+from iokeep.soft.kernel.files import File, PageFile
+from iokeep.soft.kernel.frames import FRAME_BYTES, FRAME_SHIFT, I64, U64, Claim, pas_of, pfns_of
+from iokeep.soft.kernel.process import Process
+from iokeep.soft.kernel.syserror import SysError
+
+if TYPE_CHECKING:
+    from iokeep.soft.kernel.ioas import Ioas
+    from iokeep.soft.kernel.kernel import Kernel
+    from iokeep.soft.kernel.vtd import Domain
+
+ULONG_MAX = 2**64 - 1
+
+
+class Pages:
+    """A range of pages of one origin (struct iopt_pages), shared by an area and its copies.
+
+    :param kernel: whose frames. :param start_byte: offset of the first byte in the first page.
+    :param length: bytes. :param writable: pinned for writing, so that an area may be writable.
+    :param file: origin of a file mapping, with ``offset``, the byte in it where the first page begins; a
+        reference is taken. :param process: origin of a user mapping, with ``uptr``, its page-aligned hva.
+    :raises SysError: EINVAL for length 0 or above 2**64 - 1 - page size.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        start_byte: int,
+        length: int,
+        *,
+        writable: bool,
+        file: File | None = None,
+        offset: int = 0,
+        process: Process | None = None,
+        uptr: int = 0,
+    ) -> None:
+        if not 0 < length <= ULONG_MAX - FRAME_BYTES:  # iopt_alloc_pages
+            raise SysError(errno.EINVAL, f"a mapping of {length:#x} bytes")
+        self.kernel = kernel
+        self.writable = writable
+        self.n_pages = -(-(length + start_byte) // FRAME_BYTES)
+        self.file = file.get() if file is not None else None
+        self.offset = offset
+        self.process = process
+        self.uptr = uptr
+        self._references = 1
+        #: areas that have a storage domain (domains_itree): their part of the pages is pinned
+        self.stored: dict[int, Area] = {}
+
+    @property
+    def memfd(self) -> PageFile | None:
+        """The memory file behind a file mapping, where it is one."""
+        return self.file.page_file() if self.file is not None else None
+
+    @property
+    def alignment_hint(self) -> int:
+        """What an automatic IOVA should be aligned like: the hva or the file offset of the first page."""
+        return self.offset if self.file is not None else self.uptr
+
+    def get(self) -> Pages:
+        """One more area (or list of pages to map) uses them."""
+        self._references += 1
+        return self
+
+    def put(self) -> None:
+        """One user less; the last one lets the file go."""
+        self._references -= 1
+        if self._references == 0 and self.file is not None:
+            self.file.put()
+            self.file = None
+
+    # ---- PFNs
+
+    def lookup(self, first: int, last: int) -> I64:
+        """Frames of pages ``first`` ... ``last`` at their origin, holes filled, nothing pinned.
+
+        :raises SysError: EINVAL not a memory file, or past its end (memfd_pin_folios); EFAULT bad user memory; ENOMEM.
+        """
+        n = last - first + 1
+        if self.file is not None:
+            memfd = self.file.page_file()
+            if memfd is None:
+                raise SysError(errno.EINVAL, f"{self.file.name} ({self.file.kind_name}) has no pages to pin")
+            at = self.offset + first * FRAME_BYTES
+            if at + n * FRAME_BYTES > memfd.size:
+                raise SysError(
+                    errno.EINVAL,
+                    f"{memfd.name}: bytes {at:#x} ... {at + n * FRAME_BYTES - 1:#x} are past its end at {memfd.size:#x}",
+                )
+            return memfd.fault(at >> FRAME_SHIFT, (at >> FRAME_SHIFT) + n - 1)
+        process = self.process
+        if process is None or self.kernel.processes.get(process.pid) is not process:
+            raise SysError(errno.EFAULT, "the process that mapped this memory is gone")
+        parts = []
+        for file, offset, length in process.resolve(
+            self.uptr + first * FRAME_BYTES, n * FRAME_BYTES, write=self.writable
+        ):
+            parts.append(file.fault(offset >> FRAME_SHIFT, (offset + length - 1) >> FRAME_SHIFT))
+        return np.concatenate(parts)
+
+    def unstored(self, first: int, last: int) -> list[Range]:
+        """The page numbers of ``first`` ... ``last`` that no stored area covers."""
+        whole = [Range(first, last)]
+        if not self.stored:
+            return whole
+        covered = [Range(a.first_page, a.last_page) for a in self.stored.values()]
+        return subtract(whole, merge(covered))
+
+    def acquire(self, first: int, last: int) -> tuple[I64, I64]:
+        """PFNs of the pages, pinning those that no stored area has: (all of them, the newly pinned ones).
+
+        Pages that an area has stored are read back from its domain, as pfn_reader does.
+        """
+        fresh = self.unstored(first, last)
+        if fresh == [Range(first, last)]:
+            pfns = self.lookup(first, last)
+            self.kernel.frames.pin(pfns)
+            return pfns, pfns
+        out = np.full(last - first + 1, -1, np.int64)
+        for area in self.stored.values():
+            a, b = max(first, area.first_page), min(last, area.last_page)
+            if a <= b:
+                out[a - first : b - first + 1] = area.read_back(a, b)
+        taken = []
+        for r in fresh:
+            taken.append(self.lookup(r.start, r.last))
+        for r, pfns in zip(fresh, taken, strict=True):
+            self.kernel.frames.pin(pfns)
+            out[r.start - first : r.last - first + 1] = pfns
+        return out, np.concatenate(taken) if taken else np.zeros(0, np.int64)
+
+
+@dataclass(eq=False, slots=True)
+class Area:
+    """``[iova, last]`` shows the pages from byte ``start_byte`` on (struct iopt_area).
+
+    :param prot: PROT_R | PROT_W. :param storage: the domain whose table stores the PFNs, or None where nothing is
+        pinned for this area.
+    """
+
+    ioas: Ioas
+    iova: int
+    last: int
+    pages: Pages
+    start_byte: int
+    prot: int
+    storage: Domain | None = field(default=None)
+
+    @property
+    def length(self) -> int:
+        """Bytes."""
+        return self.last - self.iova + 1
+
+    @property
+    def page_offset(self) -> int:
+        """Offset of ``iova`` in its page."""
+        return self.start_byte % FRAME_BYTES
+
+    @property
+    def first_page(self) -> int:
+        """Number of the first page, counted in ``pages``."""
+        return self.start_byte // FRAME_BYTES
+
+    @property
+    def last_page(self) -> int:
+        """Number of the last page."""
+        return (self.start_byte + self.length - 1) // FRAME_BYTES
+
+    @property
+    def file_offset(self) -> int:
+        """Byte of the file that ``iova`` shows (file mappings)."""
+        return self.pages.offset + self.start_byte
+
+    def iovas(self, first: int, last: int) -> U64:
+        """IOVA of each page from ``first`` to ``last`` (numbers in ``pages``)."""
+        base = self.iova - self.page_offset + ((first - self.first_page) << FRAME_SHIFT)
+        return np.arange(last - first + 1, dtype=np.uint64) * np.uint64(FRAME_BYTES) + np.uint64(base)
+
+    def read_back(self, first: int, last: int) -> I64:
+        """PFNs of pages as the storage domain's table says: PFN 0 where nothing translates (batch_from_domain)."""
+        if self.storage is None:
+            raise AssertionError(f"area at {self.iova:#x} has no storage domain")
+        return pfns_of(self.storage.iova_to_phys(self.iovas(first, last)))
+
+    def extents(self, pfns: I64) -> Extents:
+        """What a table must hold for this area: runs of contiguous frames."""
+        breaks = np.flatnonzero(np.diff(pfns) != 1) + 1
+        first = np.concatenate((np.zeros(1, np.int64), breaks))
+        iova = np.uint64(self.iova) + (first.astype(np.uint64) << np.uint64(FRAME_SHIFT))
+        last = np.append(iova[1:], np.uint64((self.last + 1) & ULONG_MAX)) - np.uint64(1)
+        return Extents(iova, last, pas_of(pfns[first]), np.full(len(first), self.prot, np.uint8))
+
+    # ---- filling
+
+    def fill(self, domains: list[Domain]) -> None:
+        """Pin the pages and map them in every domain (iopt_area_fill_domains); the first one stores the PFNs.
+
+        :raises SysError: nothing is pinned or mapped then.
+        """
+        if not domains:
+            return
+        pfns, pinned = self.pages.acquire(self.first_page, self.last_page)
+        done: list[Domain] = []
+        try:
+            extents = self.extents(pfns)
+            for domain in domains:
+                domain.map(extents, self.ioas.max_leaf_lg2)
+                done.append(domain)
+        except SysError:
+            for domain in done:
+                domain.unmap(self.iova, self.last)
+            self.pages.kernel.frames.unpin(pinned)
+            raise
+        self.store(domains[0])
+
+    def fill_more(self, domain: Domain) -> None:
+        """Map the area in one more domain (iopt_area_fill_domain): pins where no domain stores the PFNs yet."""
+        pfns, pinned = self.pages.acquire(self.first_page, self.last_page)
+        try:
+            domain.map(self.extents(pfns), self.ioas.max_leaf_lg2)
+        except SysError:
+            self.pages.kernel.frames.unpin(pinned)
+            raise
+        if self.storage is None:
+            self.store(domain)
+
+    def fill_adopted(self, domain: Domain) -> None:
+        """Pin the pages for a domain whose table maps them already: the domain becomes their storage."""
+        self.pages.acquire(self.first_page, self.last_page)
+        if self.storage is None:
+            self.store(domain)
+
+    def store(self, domain: Domain) -> None:
+        """``domain`` keeps the PFNs of this area from now on."""
+        self.storage = domain
+        self.pages.stored[id(self)] = self
+
+    def unfill(self, domains: list[Domain]) -> None:
+        """Take the area out of every domain and unpin what no other area stores (iopt_area_unfill_domains)."""
+        storage = self.storage
+        if storage is None:
+            return
+        for domain in domains:
+            if domain is not storage:
+                domain.unmap(self.iova, self.last)
+        self.unfill_last(storage)
+
+    def unfill_last(self, storage: Domain) -> None:
+        """Take the area out of the domain that stores its PFNs (iopt_area_unfill_domain).
+
+        PFNs are read before their mapping goes, and unpinned after the flush, when no DMA can be under way.
+        """
+        del self.pages.stored[id(self)]
+        spans = self.pages.unstored(self.first_page, self.last_page)
+        pfns = [self.read_back(r.start, r.last) for r in spans]
+        self.storage = None
+        storage.unmap(self.iova, self.last)
+        for part in pfns:
+            self.pages.kernel.frames.unpin(part)
+
+    def claims(self) -> Iterable[Claim]:
+        """The pins that will be undone when this area goes: what its storage domain says."""
+        if self.storage is None:
+            return
+        # Shared pages are pinned once: the first stored area of the list claims what several cover.
+        earlier: list[Range] = []
+        for area in self.pages.stored.values():
+            if area is self:
+                break
+            earlier.append(Range(area.first_page, area.last_page))
+        for r in subtract([Range(self.first_page, self.last_page)], merge(earlier)):
+            pfns = self.read_back(r.start, r.last)
+            yield Claim(f"IOAS {self.ioas.id} area at {self.iova:#x}", pfns, refs=1, pins=1)
