@@ -10,7 +10,7 @@ import mmap
 import os
 from typing import TYPE_CHECKING
 
-from iokeep.errors import CapabilityError
+from iokeep.uapi.errnos import missing_node
 from iokeep.uapi.transport import FileStat
 
 if TYPE_CHECKING:
@@ -24,31 +24,6 @@ _LINUX_REBOOT_CMD_KEXEC = 0x45584543
 # arch-independent numbers of include/uapi/asm-generic/unistd.h that Python 3.11 has no wrapper for
 _NR_PIDFD_GETFD = 438
 _NR_REBOOT = {"x86_64": 169, "aarch64": 142, "riscv64": 142, "s390x": 88}
-
-# What is missing when a device node is not there: (kernel options, what else).
-_NODES = {
-    "/dev/iommu": ("CONFIG_IOMMUFD", "load the module iommufd"),
-    "/dev/liveupdate": ("CONFIG_LIVEUPDATE", "boot with kho=on liveupdate=on"),
-    "/dev/vfio/devices/": ("CONFIG_VFIO_DEVICE_CDEV and CONFIG_VFIO_PCI", "bind the device to vfio-pci"),
-}
-
-
-def missing_node(path: str, number: int) -> CapabilityError | None:
-    """Why a device node cannot be opened, as an error to act on; None when path and errno say nothing."""
-    for node, (option, remedy) in _NODES.items():
-        if path != node and not (node.endswith("/") and path.startswith(node)):
-            continue
-        if number in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
-            return CapabilityError(
-                f"{path} does not exist on this kernel: it needs {option}",
-                f"build the kernel with {option} and {remedy}; or use the software host (iokeep rehearse)",
-            )
-        if number in (errno.EACCES, errno.EPERM):
-            return CapabilityError(
-                f"{path}: {os.strerror(number)}: this process may not open it",
-                f"run as a user that may read and write {path} (ls -l {path}), or be given its descriptor",
-            )
-    return None
 
 
 class KernelMapping:

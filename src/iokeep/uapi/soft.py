@@ -133,7 +133,7 @@ class SoftMapping:
         result = io.BytesIO()
         for at in range(first, end, _CHUNK_PAGES):
             part = buffer[: min(end - at, _CHUNK_PAGES)]
-            # mode="clip" lets take() write straight into it; the frames were checked when the mapping was made.
+            # mode="clip" lets take() write straight into it; frames were checked when the mapping was made.
             np.take(self._rows, self._frames[at : at + len(part)], axis=0, out=part, mode="clip")
             start = offset - at * PAGE if at == first else 0
             result.write(part.reshape(-1)[start : offset + length - at * PAGE].data)

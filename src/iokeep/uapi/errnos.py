@@ -1,0 +1,372 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an errno means for one ioctl, and what to do next: text for the errors of the client libraries.
+
+Sources: the code of Linux 7.3.4 (drivers/iommu/iommufd, drivers/vfio/device_cdev.c, kernel/liveupdate) and
+what a running 7.3.4 was seen to answer; for the proposed ioctls :mod:`iokeep.uapi.proposal`. Operations go
+by their C name.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from iokeep.errors import CapabilityError, KernelRefused
+
+_Text = tuple[str, str]
+
+_MAP: dict[str, _Text] = {
+    "EEXIST": ("part of the IOVA range is mapped already", "unmap it first, or choose another iova"),
+    "ENOSPC": ("no free IOVA range is long enough", "look at iova_ranges(), or unmap something"),
+    "EOVERFLOW": (
+        "start and length, or iova and length, pass the end of the 64-bit space",
+        "check the length",
+    ),
+    "EINVAL": (
+        "iova, length or start is not a multiple of the IOMMU's page size, length is 0, neither read "
+        "nor write is "
+        "asked for, or the IOVA is reserved (MSI window 0xfee00000-0xfeefffff) or outside of what the "
+        "IOAS allows; "
+        "with an HWPT attached also: the file cannot be pinned (no memfd, or past its end)",
+        "compare with iova_ranges() and the size of the file",
+    ),
+    "EOPNOTSUPP": ("a flag that this kernel does not know", "check the flags against this kernel's version"),
+    "EPERM": ("writing is asked for on pages that may only be read", "map read-only, or check the seals"),
+    "ENOENT": ("there is no such IOAS in this iommufd", "check the id"),
+    "EBUSY": (
+        "the IOAS is immutable: its iommufd is preserved in a live-update session",
+        "close the session first",
+    ),
+    "ENOMEM": (
+        "the memory lock limit is reached, or the kernel is out of memory",
+        "raise RLIMIT_MEMLOCK (ulimit -l)",
+    ),
+    "EFAULT": (
+        "the user memory is not there, or cannot be pinned as asked (a device BAR, or a read-only mapping)",
+        "map files with MAP_FILE; map a BAR by its dma-buf",
+    ),
+}
+
+_TOO_NEW: _Text = (
+    "the structure has fields that this kernel does not know, and they are not zero",
+    "leave the newer fields zero on this kernel",
+)
+
+_ADOPT: dict[str, _Text] = {
+    "EINVAL": (
+        "the tables of the prior domain are not what is expected, or an argument is out of range",
+        "look at the mismatches; nothing was changed",
+    ),
+    "ENOENT": (
+        "no such IOAS, HWPT or token in this iommufd",
+        "use the iommufd that the session gave back, and a token from before the kexec (liveupdate_info())",
+    ),
+    "EBUSY": ("the prior domain is reclaimed already", "each token can be adopted once"),
+    "EPERM": ("this kernel was not booted to adopt unseen", "do not use the trust policy; adopt validates"),
+    "EOPNOTSUPP": (
+        "this kernel is not tested with the table format or the features of the prior domain, or does "
+        "not know a flag",
+        "rebuild the tables on this kernel, or boot one that knows the format",
+    ),
+    "EUCLEAN": (
+        "the record of the prior domain is damaged: its digest, its counts or its root do not fit",
+        "do not adopt; rebuild, and keep an image of the memory (iokeep handover check)",
+    ),
+    "EFAULT": ("the mismatch array is not in this process's memory", "check mismatch_uptr and its capacity"),
+    "ENOTTY": (
+        "this kernel has no IOMMU_HWPT_LIVEUPDATE_* ioctls (no Linux release has)",
+        "use the software host: iokeep rehearse",
+    ),
+}
+
+_SESSION_BY_NAME: dict[str, _Text] = {
+    "EINVAL": (
+        "the name is empty or longer than 63 bytes, or the session was retrieved already",
+        "a session can be retrieved once per boot: keep its descriptor",
+    ),
+    "ENOENT": (
+        "no session of that name came over the kexec",
+        "check the name; iokeep handover show lists them",
+    ),
+    "EEXIST": ("a session of that name exists", "choose another name, or close the other session"),
+    "ENOMEM": ("no memory for another session", "close sessions that are not needed"),
+}
+
+MEANINGS: Mapping[str, Mapping[str, _Text]] = MappingProxyType(
+    {
+        "open": {
+            "EBUSY": (
+                "somebody has it open; /dev/liveupdate has one user at a time",
+                "ask the agent for a session",
+            ),
+            "EIO": (
+                "the records of the previous kernel could not be read; this lasts until the next boot",
+                "iokeep handover check says what is wrong with them",
+            ),
+            "ENOENT": ("there is no such device node", "check the path and the kernel's options"),
+        },
+        "IOMMU_DESTROY": {
+            "ENOENT": ("there is no such object in this iommufd", "check the id"),
+            "EBUSY": (
+                "the object is in use: an HWPT by a device, an IOAS by an HWPT, or it is preserved",
+                "detach the devices and destroy the HWPTs first, or close the session",
+            ),
+        },
+        "IOMMU_IOAS_ALLOC": {"EOPNOTSUPP": ("flags must be 0", "")},
+        "IOMMU_IOAS_ALLOW_IOVAS": {
+            "EADDRINUSE": (
+                "a range that must stay allowed conflicts with a reserved one of an attached device",
+                "compare with iova_ranges()",
+            ),
+            "EINVAL": ("a range is empty, not aligned or overlaps another", "sort the ranges, [start, last]"),
+            "ENOENT": ("there is no such IOAS in this iommufd", "check the id"),
+        },
+        "IOMMU_IOAS_IOVA_RANGES": {
+            "EMSGSIZE": ("there are more ranges than fit", "ask again with more room"),
+            "ENOENT": ("there is no such IOAS in this iommufd", "check the id"),
+        },
+        "IOMMU_IOAS_MAP": _MAP,
+        "IOMMU_IOAS_MAP_FILE": {
+            **_MAP,
+            "EBADF": ("the file descriptor is not open", "keep the memfd open until it is mapped"),
+        },
+        "IOMMU_IOAS_COPY": {
+            **_MAP,
+            "ENOENT": (
+                "there is no such IOAS, or the source range has a hole",
+                "map the whole source range first",
+            ),
+        },
+        "IOMMU_IOAS_UNMAP": {
+            "ENOENT": (
+                "nothing is mapped there, or an area lies there only in part (areas are never split); "
+                "areas before it "
+                "are unmapped already",
+                "unmap whole areas, [start, last] as they were mapped",
+            ),
+            "EBUSY": (
+                "the IOAS is immutable (its iommufd is preserved), or another thread is at work on the area",
+                "close the session first, or try again",
+            ),
+            "EDEADLOCK": ("an access has not let go of its pages", "detach what uses the area"),
+            "EDEADLK": ("an access has not let go of its pages", "detach what uses the area"),
+            "EINVAL": ("iova and length are not aligned", "use the range as it was mapped"),
+            "EOVERFLOW": ("iova and length pass the end of the 64-bit space", "check the length"),
+        },
+        "IOMMU_OPTION": {
+            "EPERM": ("RLIMIT_MODE needs CAP_SYS_RESOURCE", "set it in the process that opens the iommufd"),
+            "EBUSY": ("RLIMIT_MODE can change only before the first object", "set it right after open"),
+            "EOPNOTSUPP": ("unknown option, or object_id or a reserved field is not zero", ""),
+            "EINVAL": ("the value is neither 0 nor 1, or areas of the IOAS forbid it", ""),
+            "ENOENT": ("there is no such IOAS in this iommufd", "check the id"),
+        },
+        "IOMMU_HWPT_ALLOC": {
+            "EINVAL": (
+                "pt_id is no IOAS or HWPT that can be a parent, or the data does not fit",
+                "check pt_id",
+            ),
+            "EOPNOTSUPP": (
+                "the IOMMU offers no such HWPT (dirty tracking, nesting parent, PASID)",
+                "leave the flag out",
+            ),
+            "ENOENT": ("there is no such device or IOAS in this iommufd", "bind the device first"),
+            "EBUSY": ("the iommufd is preserved in a live-update session", "close the session first"),
+            "EADDRINUSE": ("an area lies in a reserved range of the device", "compare with iova_ranges()"),
+        },
+        "IOMMU_IOAS_CHANGE_PROCESS": {
+            "EINVAL": ("the iommufd has a mapping that is no file", "map all memory with MAP_FILE"),
+            "EBUSY": ("another thread is at work on an area", "try again"),
+        },
+        "VFIO_DEVICE_BIND_IOMMUFD": {
+            "EINVAL": (
+                "the device file is bound already, or the descriptor is negative",
+                "open a new device file to bind again",
+            ),
+            "EBADF": ("the iommufd descriptor is not open", "keep the iommufd open"),
+            "EBADFD": ("the descriptor is no iommufd", "open /dev/iommu"),
+            "EPERM": (
+                "a device that came over the kexec may only be bound to the iommufd that it was "
+                "preserved with, or the "
+                "platform has no safe interrupt remapping",
+                "use the iommufd of the same session; else see iommufd.allow_unsafe_interrupts",
+            ),
+            "EBUSY": (
+                "another driver, file or group owns the device",
+                "close its other users; unbind other drivers of its IOMMU group",
+            ),
+        },
+        "VFIO_DEVICE_ATTACH_IOMMUFD_PT": {
+            "EINVAL": (
+                "the device is not bound, or the HWPT cannot serve it (another IOMMU, other widths)",
+                "bind first; use an HWPT made for this device",
+            ),
+            "ENOENT": ("there is no such IOAS or HWPT in this iommufd", "check pt_id"),
+            "EBUSY": (
+                "the device is attached in another way, or preserved in a live-update session",
+                "detach, or close the session first",
+            ),
+            "EPERM": (
+                "the device is on its prior domain, and this HWPT is not proved to translate the same, "
+                "or changed since",
+                "adopt the prior domain, or compare() this HWPT with it, then attach at once",
+            ),
+            "EADDRINUSE": ("an area lies in a reserved range of the device", "compare with iova_ranges()"),
+            "ENODEV": ("the device is gone", ""),
+        },
+        "VFIO_DEVICE_DETACH_IOMMUFD_PT": {
+            "EBUSY": ("the device is preserved in a live-update session", "close the session first"),
+            "EINVAL": ("the device is not bound to an iommufd", "bind it first"),
+        },
+        "VFIO_DEVICE_GET_REGION_INFO": {"EINVAL": ("the device is not bound, or has no such region", "")},
+        "VFIO_DEVICE_GET_INFO": {"EINVAL": ("the device is not bound to an iommufd", "bind it first")},
+        "LIVEUPDATE_IOCTL_CREATE_SESSION": _SESSION_BY_NAME,
+        "LIVEUPDATE_IOCTL_RETRIEVE_SESSION": _SESSION_BY_NAME,
+        "LIVEUPDATE_SESSION_PRESERVE_FD": {
+            "EEXIST": ("the token is used in this session", "choose another token"),
+            "EBADF": ("the file descriptor is not open", "keep the file open until it is preserved"),
+            "ENOENT": (
+                "this kernel cannot preserve a file of that kind (Linux 7.3: memfds on tmpfs only), or "
+                "an iommufd maps a "
+                "file that is not preserved in this session",
+                "preserve in this order: memfds, iommufd, devices",
+            ),
+            "EBUSY": (
+                "this file, or the same memfd, is preserved already",
+                "one file is preserved once, in one session",
+            ),
+            "EINVAL": (
+                "the session came over the kexec and takes nothing new, or the file is not ready: an "
+                "iommufd with areas "
+                "of other than sealed, preserved memfds, or a device whose HWPT is not preserved",
+                "preserve in this order: memfds (sealed SEAL|GROW|SHRINK before they are mapped), "
+                "iommufd, devices",
+            ),
+            "EOPNOTSUPP": ("the file has a seal or a feature that cannot be preserved", "check the seals"),
+            "ENOSPC": ("the session is full", "use another session"),
+            "EFBIG": ("the file has more pages than the record can count", "use smaller memfds"),
+            "EPERM": ("this file may not be preserved", ""),
+        },
+        "LIVEUPDATE_SESSION_RETRIEVE_FD": {
+            "ENOENT": (
+                "no file with that token in this session",
+                "check the token; iokeep handover show lists them",
+            ),
+            "EINVAL": (
+                "the session was made in this boot: its files are still yours",
+                "retrieve after the kexec",
+            ),
+            "EOPNOTSUPP": (
+                "this kernel cannot bring back a file of that kind; the answer stays the same for this boot",
+                "",
+            ),
+        },
+        "LIVEUPDATE_SESSION_FINISH": {
+            "EBUSY": (
+                "something is not reclaimed: a prior domain that is not adopted, or a device that is "
+                "not bound",
+                "adopt or rebuild every HWPT and bind every device, or give them up first",
+            ),
+            "EINVAL": ("the session was made in this boot, or reserved is not 0", "finish after the kexec"),
+        },
+        "IOMMU_HWPT_LIVEUPDATE_MARK_PRESERVE": {
+            "EADDRINUSE": ("another HWPT of this iommufd has the token", "choose another token"),
+            "ENOENT": ("there is no such HWPT in this iommufd", "check the id"),
+            "EBUSY": ("the iommufd is preserved already", "mark before the iommufd is preserved"),
+            "EINVAL": ("only an HWPT of an IOAS with file mappings can be preserved", "map with MAP_FILE"),
+            "ENOTTY": _ADOPT["ENOTTY"],
+        },
+        "IOMMU_HWPT_LIVEUPDATE_ADOPT": _ADOPT,
+        "IOMMU_HWPT_LIVEUPDATE_COMPARE": _ADOPT,
+        "IOMMU_LIVEUPDATE_GET_INFO": {"ENOTTY": _ADOPT["ENOTTY"], "EFAULT": _ADOPT["EFAULT"]},
+        "reboot_kexec": {
+            "EINVAL": (
+                "no kernel is loaded, or a preserved file refused to freeze",
+                "load one; see the kernel log",
+            ),
+            "EPERM": ("CAP_SYS_BOOT is missing", "run as root"),
+        },
+    }
+)
+
+_COMMON: dict[str, _Text] = {
+    "E2BIG": _TOO_NEW,
+    "EINVAL": ("an argument breaks a rule of this call", "check sizes, alignment and reserved fields"),
+    "ENOTTY": ("this kernel does not have this call", "iokeep host doctor says what the kernel offers"),
+    "EFAULT": ("a pointer does not lead to this process's memory", ""),
+    "EBADF": ("the file descriptor is not open", ""),
+    "ENOENT": ("there is no such object", "check the id"),
+    "ENOMEM": ("the kernel is out of memory", ""),
+    "EPERM": ("a permission is missing", ""),
+    "EBUSY": ("the object is in use", ""),
+    "EINTR": ("a signal came in between", "try again"),
+}
+
+# EOPNOTSUPP and ENOTSUP, EDEADLK and EDEADLOCK, EAGAIN and EWOULDBLOCK are one number on Linux.
+_PREFERRED = {errno.EOPNOTSUPP: "EOPNOTSUPP", errno.EDEADLK: "EDEADLK", errno.EAGAIN: "EAGAIN"}
+
+
+def name(number: int) -> str:
+    """An errno's C name, "EINVAL"; an unknown one as a number, "errno 4095"."""
+    return _PREFERRED.get(number) or errno.errorcode.get(number) or f"errno {number}"
+
+
+def meaning(operation: str, number: int) -> tuple[str, str]:
+    """What an errno means for an operation, and what to do next ("" where nothing is known to help).
+
+    :param operation: C name of the ioctl, or "open", "reboot_kexec".
+    """
+    short = name(number)
+    found = MEANINGS.get(operation, {}).get(short) or _COMMON.get(short)
+    return found or (os.strerror(number), "")
+
+
+class IoctlRefused(KernelRefused):
+    """The kernel refused one call; nothing was changed by it unless its meaning says so.
+
+    :param operation: C name of the ioctl.
+    :param number: the errno.
+    :param objects: what the call was about, ids as numbers and addresses as hex, in order.
+    :param note: more about this very case, for the first line.
+    """
+
+    kind = "refused"
+
+    def __init__(self, operation: str, number: int, objects: Mapping[str, object], note: str = "") -> None:
+        self.operation = operation
+        self.errno = number
+        self.errno_name = name(number)
+        self.objects = dict(objects)
+        self.meaning, hint = meaning(operation, number)
+        about = ", ".join(f"{key} {value}" for key, value in self.objects.items())
+        what = f"{operation}({about}): {self.errno_name}: {note or self.meaning}"
+        super().__init__(what, hint)
+
+
+_NODES = {
+    "/dev/iommu": ("CONFIG_IOMMUFD", "load the module iommufd"),
+    "/dev/liveupdate": ("CONFIG_LIVEUPDATE", "boot with kho=on liveupdate=on"),
+    "/dev/vfio/devices/": ("CONFIG_VFIO_DEVICE_CDEV and CONFIG_VFIO_PCI", "bind the device to vfio-pci"),
+}
+
+
+def missing_node(path: str, number: int) -> CapabilityError | None:
+    """Why a device node cannot be opened, as an error to act on; None when path and errno say nothing.
+
+    :param number: the errno of open(2).
+    """
+    for node, (option, remedy) in _NODES.items():
+        if path != node and not (node.endswith("/") and path.startswith(node)):
+            continue
+        if number in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
+            return CapabilityError(
+                f"{path} does not exist on this kernel: it needs {option}",
+                f"build the kernel with {option} and {remedy}; or use the software host (iokeep rehearse)",
+            )
+        if number in (errno.EACCES, errno.EPERM):
+            return CapabilityError(
+                f"{path}: {os.strerror(number)}: this process may not open it",
+                f"run as a user that may read and write {path} (ls -l {path}), or be given its descriptor",
+            )
+    return None
