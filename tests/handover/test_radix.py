@@ -43,7 +43,9 @@ def blocks(draw, max_pfn=1 << 40, max_order=10):
 
 
 def tree_of(pairs):
-    return PreservedTree.of(np.array([p for p, _ in pairs], np.uint64), np.array([o for _, o in pairs], np.uint8))
+    return PreservedTree.of(
+        np.array([p for p, _ in pairs], np.uint64), np.array([o for _, o in pairs], np.uint8)
+    )
 
 
 @given(blocks())
