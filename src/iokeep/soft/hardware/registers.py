@@ -15,7 +15,7 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -268,6 +268,8 @@ class Registers:
         self._bank32 = bank.view(np.uint32)
         self._lock = lock
         self.queue = Queue(bank, front_ends, ram, lock)
+        #: ``service`` of the front-ends that run in this very process, by index: they answer at once
+        self.local_front_ends: dict[int, Callable[[], int]] = {}
 
     def power_on(self) -> None:
         """Reset values of a new platform."""
@@ -320,6 +322,8 @@ class Registers:
             with self._lock.held():
                 if not self.front_ends[:, FE_ONLINE].any():
                     self.queue.complete()
+            for service in self.local_front_ends.values():
+                service()
         elif self._is_fault_record(offset):
             self._clear_fault(offset, value)
         else:
@@ -376,3 +380,5 @@ class Registers:
             self.bank[HIDDEN_IQE >> 3] = np.uint64(0)
             if not self.front_ends[:, FE_ONLINE].any():
                 self.queue.complete()
+            for service in self.local_front_ends.values():
+                service()
