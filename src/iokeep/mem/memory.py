@@ -19,7 +19,10 @@ class Rows(Protocol):
     ``data`` is uint8[n, row_bytes]; row r holds memory from a pa that is a multiple of ``row_bytes``.
     """
 
-    data: U8
+    @property
+    def data(self) -> U8:
+        """The rows; shared with the memory."""
+        ...
 
     def index(self, pas: U64) -> I64:
         """Row of each pa (uint64[k], rounded down to ``row_bytes``); -1 where the memory is absent."""
