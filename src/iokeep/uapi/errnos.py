@@ -8,12 +8,19 @@ by their C name.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from iokeep.errors import CapabilityError, KernelRefused
+
+if TYPE_CHECKING:
+    import ctypes
+
+    from iokeep.uapi.transport import Transport
 
 _Text = tuple[str, str]
 
@@ -370,3 +377,49 @@ def missing_node(path: str, number: int) -> CapabilityError | None:
                 f"run as a user that may read and write {path} (ls -l {path}), or be given its descriptor",
             )
     return None
+
+
+def checked_ioctl(
+    transport: Transport,
+    fd: int,
+    operation: str,
+    request: int,
+    arg: ctypes.Structure,
+    objects: Mapping[str, object],
+    error: type[IoctlRefused],
+) -> int:
+    """One ioctl whose refusal is an error to act on.
+
+    :raises IoctlRefused: of type *error*, from the OSError.
+    :raises ConnectionError: the kernel of a software host is gone; that is no refusal.
+    """
+    try:
+        return transport.ioctl(fd, request, arg)
+    except ConnectionError:
+        raise
+    except OSError as cause:
+        raise error(operation, cause.errno or errno.EIO, objects) from cause
+
+
+def open_node(transport: Transport, path: str, error: type[IoctlRefused]) -> int:
+    """Open a device node.
+
+    :raises CapabilityError: it is missing or forbidden.
+    :raises IoctlRefused: of type *error*, for another errno.
+    """
+    try:
+        return transport.open(path)
+    except ConnectionError:
+        raise
+    except OSError as cause:
+        number = cause.errno or errno.EIO
+        missing = missing_node(path, number)
+        if missing is not None:
+            raise missing from cause
+        raise error("open", number, {"path": path}) from cause
+
+
+def close_fd(transport: Transport, fd: int) -> None:
+    """close(2), quiet when the kernel of a software host is gone: the descriptor went with it."""
+    with contextlib.suppress(ConnectionError):
+        transport.close(fd)
