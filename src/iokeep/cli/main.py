@@ -74,7 +74,20 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-def _report(error: IokeepError) -> None:
+def _report(error: IokeepError, args: argparse.Namespace | None) -> None:
+    """Text on stderr; and where JSON was asked for, a JSON document on stdout all the same."""
+    if args is not None and getattr(args, "json", False):
+        import json
+
+        about: dict[str, object] = {"kind": error.kind, "message": error.what, "hint": error.hint}
+        errno = getattr(error, "errno", None)
+        about["errno"] = errno if isinstance(errno, int | str) else None
+        document = {
+            "schema": getattr(args, "schema", "iokeep.error-v1"),
+            "tool_version": __version__,
+            "error": about,
+        }
+        print(json.dumps(document, indent=1))
     print(f"error: {error.what}", file=sys.stderr)
     if error.hint:
         print(f"hint: {error.hint}", file=sys.stderr)
@@ -88,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
+    args: argparse.Namespace | None = None
     try:
         args = build_parser(_chosen(words)).parse_args(words)
         code = int(args.run(args))
@@ -98,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except IokeepError as error:
         if debug:
             traceback.print_exc()
-        _report(error)
+        _report(error, args)
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

@@ -177,7 +177,7 @@ class Table:
         items = (
             int(length.sum()) >> self.fmt.levels[0].shift if len(extents) <= _SMALL_EXTENTS else _SMALL_ITEMS
         )
-        runs = _choose(self.fmt, iova, length, extents.pa, extents.prot, max_lg2)
+        runs = choose_leaves(self.fmt, iova, length, extents.pa, extents.prot, max_lg2)
         if items < _SMALL_ITEMS:
             self._map_small(runs)
         else:
@@ -539,8 +539,8 @@ def _firsts(values: U64) -> NDArray[np.intp]:
     return np.concatenate((np.zeros(1, np.intp), np.flatnonzero(values[1:] != values[:-1]) + 1))
 
 
-def _choose(fmt: Format, iova: U64, length: U64, pa: U64, prot: U8, max_lg2: int | None) -> list[_Runs]:
-    """Leaf sizes as ``iommu_pgsize()`` takes them: per level, from large to small."""
+def choose_leaves(fmt: Format, iova: U64, length: U64, pa: U64, prot: U8, max_lg2: int | None) -> list[_Runs]:
+    """Leaf sizes as ``iommu_pgsize()`` takes them: runs per level, from large to small. ``iova`` is raw."""
     sizes = [
         n for n, level in enumerate(fmt.levels) if level.leaf and (max_lg2 is None or level.shift <= max_lg2)
     ]

@@ -122,10 +122,11 @@ def proved(
         row, kind, word = row[order], kind[order], word[order]
     _plain_tables(items, row, kind, word, step, care, valid, out)
     if bool((kind == 2).any()):
+        a, b = first.astype(np.int64), after.astype(np.int64)
+        shift = np.uint64(spec.shift)
         _mixed_tables(
-            items, row, kind, base, first.astype(np.int64), after.astype(np.int64), e.iova, e.last, e.pa, e.prot, perms,
-            np.uint64(spec.shift), care, valid, out,
-        )  # fmt: skip
+            items, row, kind, base, a, b, e.iova, e.last, e.pa, e.prot, perms, shift, care, valid, out
+        )
     result = out.view(np.bool_)
     if order is not None:
         back = np.empty_like(result)

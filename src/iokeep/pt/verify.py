@@ -18,11 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iokeep.mem.memory import I64, U8, U64, Memory
-from iokeep.pt.compare import Comparison, Found, Spans, Verdict
+from iokeep.pt.compare import Comparison, Found, LayoutRange, Spans, Verdict
 from iokeep.pt.extents import PROT_R, PROT_W, Extents
 from iokeep.pt.formats.base import Format
+from iokeep.pt.layout import Layout, compare_layouts, table_layout
 from iokeep.pt.leaves import Leaves
-from iokeep.pt.tables import ATTRS, CHUNK, Items, Problems, TableMemory, Upper, descend, expand
+from iokeep.pt.tables import ABSENT, ATTRS, CHUNK, LOOP, Items, Problems, TableMemory, Upper, descend, expand
 
 #: tables of level 0 from so many bytes on are swept by compiled code, where it is loaded and where it is not:
 #: below, NumPy is done before Numba has started
@@ -223,6 +224,7 @@ def verify(
     *,
     limit: int = 16,
     dead_leaves: bool = True,
+    layout: Layout | None = None,
     compiled: bool | None = None,
 ) -> Verdict:
     """Compare the table under ``root_pa`` with ``expected``.
@@ -231,6 +233,8 @@ def verify(
     write-only.
     :param limit: so many mismatches are named; all are counted.
     :param dead_leaves: a leaf that is present but lets nothing pass is a mismatch.
+    :param layout: expected leaf sizes (``layout.kernel_layout``, ``layout.table_layout``): the verdict then
+        says whether the leaves are cut alike, apart from whether they translate alike.
     :param compiled: sweep with Numba (True), with NumPy alone (False), or by size (None). The result is the
     same.
     :raises MemoryAbsent: the root is absent. (Absent tables below are mismatches.)
@@ -251,7 +255,15 @@ def verify(
         _judge_rest(tm, upper, base, todo, e, (good_first, good_last), comparison, dead_leaves)
     mismatches = comparison.mismatches()
     mapped = want.extents.mapped_bytes
+    ranges: list[LayoutRange] = []
+    differing, cut_alike = 0, None
+    if layout is not None and not bool(np.isin(upper.problems.reason, (LOOP, ABSENT)).any()):
+        ranges, differing = compare_layouts(layout, table_layout(fmt, mem, root_pa), limit)
+        cut_alike = differing == 0
     return Verdict(
+        layout=ranges,
+        layout_total=differing,
+        layout_equal=cut_alike,
         equal=comparison.total == 0,
         mismatches=mismatches,
         total=comparison.total,

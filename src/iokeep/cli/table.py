@@ -1,0 +1,445 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``iokeep table``: look into the IO page tables of a capture, and compare them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from iokeep import __version__
+from iokeep.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from iokeep.mem.capture import Capture
+    from iokeep.pt.compare import LayoutRange, Mismatch, Verdict
+    from iokeep.pt.extents import Extents
+    from iokeep.pt.formats.base import Format
+    from iokeep.pt.tables import Problems
+
+# numpy is imported by the handlers, not by the parser: --help stays fast.
+
+_SIZES = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
+_SOURCE = "capture directory (meta.json, tables.npz)"
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``table`` and its verbs."""
+    table = subparsers.add_parser("table", help="IO page tables", description=__doc__)
+    verbs = table.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name: str, handler: Any, text: str) -> argparse.ArgumentParser:
+        parser = verbs.add_parser(name, help=text, description=text)
+        parser.add_argument("-j", "--json", action="store_true", help="one JSON document on stdout")
+        parser.set_defaults(run=handler, schema=f"iokeep.table-{name}-v1")
+        return parser
+
+    show = verb("show", _show, "format, size and contents of a table in short")
+    show.add_argument("source", metavar="SOURCE", type=Path, help=_SOURCE)
+    walk = verb("walk", _walk, "translate IOVAs one by one, with the path")
+    walk.add_argument("source", metavar="SOURCE", type=Path, help=_SOURCE)
+    walk.add_argument("iova", metavar="IOVA", nargs="+", help="0x... or decimal")
+    extents = verb("extents", _extents, "everything that the table translates, as maximal runs")
+    extents.add_argument("source", metavar="SOURCE", type=Path, help=_SOURCE)
+    extents.add_argument("--tsv", action="store_true", help="the form of truth.tsv")
+    verify = verb(
+        "verify", _verify, "prove that the table translates exactly what is expected (exit 1: it does not)"
+    )
+    verify.add_argument("source", metavar="SOURCE", type=Path, help=_SOURCE)
+    verify.add_argument(
+        "--against", metavar="FILE.tsv", type=Path, help="expected extents (default: truth.tsv of SOURCE)"
+    )
+    diff = verb("diff", _diff, "compare two tables: translations, and leaf sizes apart (exit 1: they differ)")
+    diff.add_argument("a", metavar="A", type=Path, help=_SOURCE)
+    diff.add_argument("b", metavar="B", type=Path, help=_SOURCE)
+    diff.add_argument("--layout", action="store_true", help="different leaf sizes count as a difference")
+    for parser in (verify, diff):
+        parser.add_argument(
+            "--limit", type=int, default=16, metavar="N", help="name the first N differences (default 16)"
+        )
+    digest = verb(
+        "digest", _digest, "keyed digest of the translations; equal however they are cut into leaves"
+    )
+    digest.add_argument("source", metavar="SOURCE", type=Path, help=_SOURCE)
+    digest.add_argument(
+        "--key", metavar="HEX", help="16 bytes; equal keys make digests comparable (default: random)"
+    )
+
+
+def _open(path: Path) -> tuple[Capture, Format]:
+    from iokeep.mem.capture import Capture
+    from iokeep.pt.registry import open_format
+
+    capture = Capture.load(path)
+    return capture, open_format(capture.format, capture.config)
+
+
+def _print_json(args: argparse.Namespace, document: dict[str, Any]) -> None:
+    print(json.dumps({"schema": args.schema, "tool_version": __version__, **document}, indent=1))
+
+
+def _described(fmt: Format) -> dict[str, Any]:
+    return {"format": fmt.name, "config": dict(fmt.config)}
+
+
+def _size(count: int) -> str:
+    for unit, name in _SIZES:
+        if count >= unit:
+            return f"{count // unit} {name}" if count % unit == 0 else f"{count / unit:.1f} {name}"
+    return f"{count} bytes"
+
+
+def _lg2(lg2: int) -> str:
+    return _size(1 << lg2).replace(" ", "").removesuffix("iB")
+
+
+def _hex(value: int | None) -> str | None:
+    return None if value is None else f"{value:#x}"
+
+
+def _prot(value: int | None) -> str | None:
+    from iokeep.pt.extents import PROT_TEXT
+
+    return None if value is None else PROT_TEXT[value]
+
+
+def _warn(fmt: Format, problems: Problems) -> int:
+    """Say on stderr what is bad in a table; 1 where anything is."""
+    from iokeep.pt.tables import REASONS
+
+    iovas = fmt.extend(problems.iova)
+    for i in range(min(len(problems), 16)):
+        print(
+            f"warning: iova {int(iovas[i]):#x}: {REASONS[int(problems.reason[i])]}: "
+            f"item {int(problems.item[i]):#x} at pa {int(problems.at[i]):#x}, level {int(problems.level[i])}",
+            file=sys.stderr,
+        )
+    if len(problems) > 16:
+        print(f"warning: and {len(problems) - 16} more bad items", file=sys.stderr)
+    return int(len(problems) > 0)
+
+
+# -- show ----------------------------------------------------------------------------------------------
+
+
+def _show(args: argparse.Namespace) -> int:
+    import numpy as np
+
+    from iokeep.pt.leaves import Leaves
+    from iokeep.pt.tables import Problems, TableMemory, descend, expand, raise_unreadable
+
+    capture, fmt = _open(args.source)
+    tm = TableMemory(fmt, capture.memory)
+    upper = descend(tm, capture.root_pa)
+    raise_unreadable(fmt, upper.problems)
+    counts = [0] * len(fmt.levels)
+    union = [0] * len(fmt.levels)
+    mapped, empty, problems = 0, 0, [upper.problems]
+    low, high = None, None
+    for items, bad in [
+        (upper.leaves, Problems()),
+        *expand(tm, upper.base, upper.pa, upper.row, upper.prot),
+    ]:
+        problems.append(bad)
+        if not len(items):
+            continue
+        leaves = Leaves.of(fmt, items)
+        mapped += leaves.extents().mapped_bytes
+        first, last = int(leaves.iova[0]), int(leaves.last[-1])
+        low, high = first if low is None else min(low, first), last if high is None else max(high, last)
+        for level in range(len(fmt.levels)):
+            mine = items.item[items.level == level]
+            counts[level] += len(mine)
+            union[level] |= int(np.bitwise_or.reduce(mine)) if len(mine) else 0
+    for lo in range(0, len(upper.row), 1024):
+        items_ = tm.items(upper.row[lo : lo + 1024]) & np.uint64(fmt.levels[0].valid_mask)
+        empty += int((~items_.any(axis=1)).sum())
+    bad_items = Problems.join(problems)
+    pages = {fmt.top_level - n: len(np.unique(p)) for n, p in enumerate(upper.pages)}
+    shared = upper.visits - sum(pages.values())
+    spec_bits = {
+        "attributes": 0, "ignored": 0,
+    }  # fmt: skip
+    for level, seen in enumerate(union):
+        spec_bits["attributes"] |= seen & fmt.levels[level].leaf_attrs
+        spec_bits["ignored"] |= seen & fmt.levels[level].leaf_ignored
+    leaves_by_size = {_lg2(spec.shift): counts[n] for n, spec in enumerate(fmt.levels) if spec.leaf}
+    if args.json:
+        document = {
+            "source": str(args.source),
+            **_described(fmt),
+            "spec": fmt.spec,
+            "levels": len(fmt.levels),
+            "input_bits": fmt.input_lg2,
+            "root_pa": _hex(capture.root_pa),
+            "kernel": capture.meta.get("kernel") if isinstance(capture.meta.get("kernel"), str) else None,
+            "table_pages": sum(pages.values()),
+            "table_pages_by_level": {str(level): n for level, n in pages.items()},
+            "shared_visits": shared,
+            "empty_tables": empty,
+            "table_bytes": sum(pages.values()) * fmt.table_bytes,
+            "leaves": leaves_by_size,
+            "mapped_bytes": mapped,
+            "first_iova": _hex(low),
+            "last_iova": _hex(high),
+            "leaf_bits_seen": {name: _hex(bits) for name, bits in spec_bits.items()},
+            "bad_items": len(bad_items),
+        }
+        _print_json(args, document)
+        return int(len(bad_items) > 0)
+    config = ", ".join(f"{key} {value}" for key, value in fmt.config.items())
+    rows = [
+        ("format", f"{fmt.name} ({config})"),
+        ("spec", fmt.spec),
+        ("root", f"{capture.root_pa:#x}, {len(fmt.levels)} levels, {fmt.input_lg2}-bit IOVA"),
+        (
+            "tables",
+            f"{sum(pages.values())} pages ({_size(sum(pages.values()) * fmt.table_bytes)}); by level "
+            + ", ".join(f"{level}: {n}" for level, n in pages.items())
+            + (f"; {empty} of level 0 are empty" if empty else "")
+            + (f"; {shared} visits to shared ones" if shared else ""),
+        ),
+        ("leaves", ", ".join(f"{n} x {size}" for size, n in leaves_by_size.items())),
+        ("mapped", _size(mapped) + (f" in {low:#x}-{high:#x}" if low is not None else "")),
+        ("bits", ", ".join(f"{name} {bits:#x}" for name, bits in spec_bits.items()) + " seen in leaves"),
+    ]
+    if isinstance(capture.meta.get("kernel"), str):
+        rows.insert(0, ("kernel", capture.meta["kernel"]))
+    for name, text in rows:
+        print(f"{name:8}{text}")
+    return _warn(fmt, bad_items)
+
+
+# -- walk ----------------------------------------------------------------------------------------------
+
+
+def _iova(text: str) -> int:
+    try:
+        value = int(text, 16) if text.lower().startswith("0x") else int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 1 << 64:
+        raise UsageError(f"{text[:40]!r} is no IOVA", "write 0x... or a decimal number below 2**64")
+    return value
+
+
+def _walk(args: argparse.Namespace) -> int:
+    from iokeep.pt.walk import walk
+
+    iovas = [_iova(text) for text in args.iova]
+    capture, fmt = _open(args.source)
+    walks = [walk(fmt, capture.memory, capture.root_pa, iova) for iova in iovas]
+    if args.json:
+        _print_json(
+            args,
+            {
+                "source": str(args.source),
+                **_described(fmt),
+                "root_pa": _hex(capture.root_pa),
+                "walks": [
+                    {
+                        "iova": _hex(w.iova),
+                        "pa": _hex(w.pa),
+                        "prot": _prot(w.prot) if w.pa is not None else None,
+                        "leaf_bytes": None if w.leaf_lg2 is None else 1 << w.leaf_lg2,
+                        "why": w.why,
+                        "steps": [
+                            {"level": level, "item_pa": _hex(at), "item": _hex(item)}
+                            for level, at, item in w.steps
+                        ],
+                    }
+                    for w in walks
+                ],
+            },
+        )
+        return 0
+    for w in walks:
+        for level, at, item in w.steps:
+            print(f"  level {level}  pa {at:#018x}  item {item:#018x}")
+        if w.pa is None or w.leaf_lg2 is None:
+            print(f"{w.iova:#x}: no translation: {w.why}")
+        else:
+            print(f"{w.iova:#x}: pa {w.pa:#x} {_prot(w.prot)}, {_lg2(w.leaf_lg2)} leaf")
+    return 0
+
+
+# -- extents -------------------------------------------------------------------------------------------
+
+
+def _extents(args: argparse.Namespace) -> int:
+    from iokeep.mem.capture import tsv_lines
+    from iokeep.pt.extents import PROT_TEXT
+    from iokeep.pt.leaves import extents
+
+    if args.json and args.tsv:
+        raise UsageError("--json and --tsv exclude each other")
+    capture, fmt = _open(args.source)
+    found, problems = extents(fmt, capture.memory, capture.root_pa)
+    code = _warn(fmt, problems)
+    if args.tsv:
+        for text in tsv_lines(found.iova, found.last, found.pa, found.prot):
+            sys.stdout.write(text)
+        return code
+    columns = (found.iova.tolist(), found.last.tolist(), found.pa.tolist(), found.prot.tolist())
+    if args.json:
+        rows = [
+            {"iova": _hex(a), "last": _hex(z), "pa": _hex(p), "length": _hex(z - a + 1), "prot": PROT_TEXT[q]}
+            for a, z, p, q in zip(*columns, strict=True)
+        ]
+        document: dict[str, Any] = {"source": str(args.source), **_described(fmt), "extents": rows}
+        document |= {"mapped_bytes": found.mapped_bytes, "bad_items": len(problems)}
+        _print_json(args, document)
+        return code
+    for a, z, p, q in zip(*columns, strict=True):
+        print(f"{a:#018x} {z:#018x} {p:#018x} {PROT_TEXT[q]}  {_size(z - a + 1)}")
+    print(f"{len(found)} extents, {_size(found.mapped_bytes)}")
+    return code
+
+
+# -- verify, diff --------------------------------------------------------------------------------------
+
+
+def _limit(args: argparse.Namespace) -> int:
+    if not 0 <= args.limit <= 1 << 20:
+        raise UsageError(f"--limit {args.limit} is not within 0 and {1 << 20}")
+    return int(args.limit)
+
+
+def _mismatch(m: Mismatch) -> dict[str, Any]:
+    return {
+        "iova": _hex(m.iova),
+        "last": _hex(m.last),
+        "reason": m.reason,
+        "expected_pa": _hex(m.expected_pa),
+        "expected_prot": _prot(m.expected_prot),
+        "found_pa": _hex(m.found_pa),
+        "found_prot": _prot(m.found_prot),
+        "level": m.level,
+        "text": m.text,
+    }
+
+
+def _layout(r: LayoutRange) -> dict[str, Any]:
+    return {
+        "iova": _hex(r.iova),
+        "last": _hex(r.last),
+        "leaf_bytes_a": 1 << r.lg2_a,
+        "leaf_bytes_b": 1 << r.lg2_b,
+    }
+
+
+def _verdict(v: Verdict) -> dict[str, Any]:
+    return {
+        "equal": v.equal,
+        "pages": v.pages,
+        "table_bytes": v.table_bytes,
+        "total": v.total,
+        "mismatches": [_mismatch(m) for m in v.mismatches],
+    }
+
+
+def _print_mismatches(v: Verdict) -> None:
+    for m in v.mismatches:
+        print(f"  {m.text}")
+    if v.total > len(v.mismatches):
+        print(f"  and {v.total - len(v.mismatches)} more")
+
+
+def _expected(args: argparse.Namespace, capture: Capture) -> tuple[Path, Extents]:
+    from iokeep.mem.capture import read_tsv
+    from iokeep.pt.extents import Extents
+
+    path = args.against or args.source / "truth.tsv"
+    if args.against is None and not capture.has_truth:
+        raise InputError(
+            f"{args.source} has no truth.tsv to verify against",
+            "name expected extents with --against FILE.tsv",
+        )
+    return path, Extents(*read_tsv(path))
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from iokeep.pt.verify import verify
+
+    limit = _limit(args)
+    capture, fmt = _open(args.source)
+    path, expected = _expected(args, capture)
+    v = verify(fmt, capture.memory, capture.root_pa, expected, limit=limit)
+    if args.json:
+        _print_json(
+            args, {"source": str(args.source), "against": str(path), **_described(fmt), **_verdict(v)}
+        )
+    elif v.equal:
+        print(
+            f"equal: {v.pages} pages ({_size(v.pages << 12)}) proved, {_size(v.table_bytes)} of {fmt.name} tables"
+        )
+    else:
+        print(f"different: {v.total} ranges; {v.pages} pages ({_size(v.pages << 12)}) hold")
+        _print_mismatches(v)
+    return int(not v.equal)
+
+
+def _diff(args: argparse.Namespace) -> int:
+    from iokeep.pt.diff import diff
+
+    limit = _limit(args)
+    a, fmt_a = _open(args.a)
+    b, fmt_b = _open(args.b)
+    v = diff(fmt_a, a.memory, a.root_pa, fmt_b, b.memory, b.root_pa, limit=limit)
+    if args.json:
+        document = {
+            "a": str(args.a),
+            "b": str(args.b),
+            "formats": [_described(fmt_a), _described(fmt_b)],
+            **_verdict(v),
+            "layout_equal": v.layout_equal,
+            "layout_total": v.layout_total,
+            "layout": [_layout(r) for r in v.layout],
+        }
+        _print_json(args, document)
+    else:
+        if v.equal:
+            print(f"translations equal: {v.pages} pages ({_size(v.pages << 12)})")
+        else:
+            print(
+                f"translations differ: {v.total} ranges; {v.pages} pages ({_size(v.pages << 12)}) are the same"
+            )
+            _print_mismatches(v)
+        if v.layout_equal is not None:
+            print("layout equal" if v.layout_equal else f"layout differs: {v.layout_total} ranges")
+        for r in v.layout:
+            print(f"  iova {r.iova:#x}-{r.last:#x}: leaves of {_lg2(r.lg2_a)} and {_lg2(r.lg2_b)}")
+        if v.layout_total > len(v.layout):
+            print(f"  and {v.layout_total - len(v.layout)} more")
+    return int(not v.equal or (args.layout and v.layout_equal is False))
+
+
+# -- digest --------------------------------------------------------------------------------------------
+
+
+def _digest(args: argparse.Namespace) -> int:
+    import os
+
+    from iokeep.pt.digest import KEY_BYTES, digest
+
+    if args.key is None:
+        key = os.urandom(KEY_BYTES)
+    else:
+        try:
+            key = bytes.fromhex(args.key.removeprefix("0x"))
+        except ValueError:
+            key = b""
+        if len(key) != KEY_BYTES:
+            raise UsageError(
+                f"--key {args.key[:64]!r} is not {KEY_BYTES} bytes in hex ({2 * KEY_BYTES} digits)"
+            )
+    capture, fmt = _open(args.source)
+    value = digest(fmt, capture.memory, capture.root_pa, key)
+    if args.json:
+        document = {"source": str(args.source), **_described(fmt), "algorithm": "iokeep-digest-v1"}
+        _print_json(args, {**document, "key": key.hex(), "digest": value.hex()})
+    else:
+        print(f"{value.hex()}  key {key.hex()}")
+    return 0
