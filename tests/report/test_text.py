@@ -6,8 +6,7 @@ import json
 
 import pytest
 
-from iokeep.errors import UsageError
-from iokeep.report.json import document, error_document, hexed
+from iokeep.report.json import document, hexed
 from iokeep.report.text import Progress, count, duration, mismatch, rehearsal, size, table
 
 DOC = {
@@ -95,5 +94,3 @@ def test_json():
     assert list(json.loads(text)) == ["schema", "a"]
     with pytest.raises(ValueError):
         document("iokeep.x-v1", {"a": float("nan")})
-    bad = json.loads(error_document("iokeep.x-v1", UsageError("no", "do")))
-    assert bad["error"] == {"kind": "usage", "message": "no", "hint": "do", "exit": 2}

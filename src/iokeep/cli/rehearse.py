@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iokeep.errors import InputError, IokeepError, UsageError
+from iokeep.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from iokeep.rehearse.run import Options
@@ -66,7 +66,7 @@ def add_parser(subparsers: Any) -> None:
     p.add_argument("--unsafe", action="store_true", default=None, help="allow policy trust")
     p.add_argument("-j", "--json", action="store_true", help="print one JSON document")
     p.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
-    p.set_defaults(run=run)
+    p.set_defaults(run=run, schema="iokeep.rehearse-v1")
 
 
 def _spec(path: str) -> dict[str, Any]:
@@ -156,12 +156,10 @@ def run(args: argparse.Namespace) -> int:
 
     progress = text.Progress(quiet=args.quiet or args.json)
     try:
-        options = options_of(args)
-        body = rehearse(options, progress.say)
-    except IokeepError as e:
+        body = rehearse(options_of(args), progress.say)
+    finally:
         progress.done()
-        if args.json:
-            sys.stdout.write(report_json.error_document(SCHEMA, e))
+    sys.stdout.write(report_json.error_document(SCHEMA, e))
         raise
     finally:
         progress.done()

@@ -7,9 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from iokeep.errors import IokeepError
-
-__all__ = ["document", "error_document", "hexed"]
+__all__ = ["document", "hexed"]
 
 
 def hexed(value: int | None) -> str | None:
@@ -23,11 +21,3 @@ def document(schema: str, body: Mapping[str, Any]) -> str:
     :raises ValueError: NaN or infinity in ``body``.
     """
     return json.dumps({"schema": schema, **body}, indent=1, allow_nan=False) + "\n"
-
-
-def error_document(schema: str, error: IokeepError) -> str:
-    """What ``--json`` prints on stdout when a command failed; people get the text on stderr."""
-    return document(
-        schema,
-        {"error": {"kind": error.kind, "message": error.what, "hint": error.hint, "exit": error.exit_code}},
-    )
