@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``iokeep rehearse``: what is asked for, on the command line or in a file; usage errors before anything runs."""
+"""``iokeep rehearse``: what is asked for, and usage errors before anything runs."""
 
 import json
 

@@ -159,9 +159,5 @@ def run(args: argparse.Namespace) -> int:
         body = rehearse(options_of(args), progress.say)
     finally:
         progress.done()
-    sys.stdout.write(report_json.error_document(SCHEMA, e))
-        raise
-    finally:
-        progress.done()
     sys.stdout.write(report_json.document(SCHEMA, body) if args.json else text.rehearsal(body))
     return 0 if body["outcome"] == "restored" else 1
