@@ -13,20 +13,50 @@ Runs before any frame is handed out. There are three ways to go on:
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from iokeep.errors import InputError
+from iokeep.errors import InputError, IokeepError
 from iokeep.handover.abi import KHO_FDT_COMPATIBLE
 from iokeep.handover.iommu import DomainRecord, IommufdRecord, IommuRecord, VfioRecord
 from iokeep.handover.luo import File as FileRecord
 from iokeep.handover.reader import Handover, read_handover
-from iokeep.mem.memory import Memory
-from iokeep.soft.kernel.frames import FIRMWARE_FRAMES, FRAME_SHIFT, I64, U32, pfns_of
-from iokeep.soft.kernel.luo import IncomingFile, IncomingSession
-from iokeep.soft.kernel.preserve_memfd import IncomingMemfd
-from iokeep.soft.kernel.profiles import Profile
+from iokeep.mem.memory import U64, Memory
+from iokeep.pt.registry import open_format
+from iokeep.pt.roots import vtd as codec
+from iokeep.soft.hardware import bar
+from iokeep.soft.kernel import vfio
+from iokeep.soft.kernel.adopt import Priors
+from iokeep.soft.kernel.frames import (
+    FIRMWARE_FRAMES,
+    FRAME_BYTES,
+    FRAME_SHIFT,
+    I64,
+    U32,
+    Claim,
+    Kind,
+    pfns_of,
+)
+from iokeep.soft.kernel.freeze import Freeze
+from iokeep.soft.kernel.kho import KhoOut
+from iokeep.soft.kernel.liveupdate import LiveUpdateDevice
+from iokeep.soft.kernel.luo import FileHandler, IncomingFile, IncomingSession, Luo
+from iokeep.soft.kernel.preserve_iommufd import IommufdHandler
+from iokeep.soft.kernel.preserve_memfd import IncomingMemfd, MemfdHandler
+from iokeep.soft.kernel.preserve_vfio import VfioHandler
+from iokeep.soft.kernel.profiles import Profile, profile_of
+from iokeep.soft.kernel.syserror import SysError
+from iokeep.soft.kernel.vfio import node_path
+from iokeep.soft.kernel.vtd import FIRST_DID, Inherited
+
+if TYPE_CHECKING:
+    from iokeep.soft.kernel.files import File
+    from iokeep.soft.kernel.kernel import Kernel
+    from iokeep.soft.kernel.process import Process
 
 
 class Damaged(Exception):
@@ -173,32 +203,294 @@ def _check_references(iommu: IommuRecord, out: Restored) -> None:
             tokens.add((id(record), hwpt.domain_index))
     if len({index for _, index in tokens}) != len(tokens):
         raise Damaged("two iommufds refer to the same domain")
-    for vfio in out.vfios.values():
-        device = devices.get((vfio.segment, vfio.bdf))
-        if device is None or device.index != vfio.device_index:
-            raise Damaged(f"device {vfio.bdf:#x} is not in the IOMMU record")
+    for file in out.vfios.values():
+        device = devices.get((file.segment, file.bdf))
+        if device is None or device.index != file.device_index:
+            raise Damaged(f"device {file.bdf:#x} is not in the IOMMU record")
 
 
-def domain_fault(record: DomainRecord, top_level: int) -> str:
-    """Why a domain's record cannot be used although its digest is right, or "".
+def owned_frames(tags: U32) -> I64:
+    """Every frame beyond the firmware's that anybody owned: what the *held* way keeps (int64 pfns)."""
+    pfns = np.flatnonzero(tags != 0).astype(np.int64)
+    return pfns[pfns >= FIRMWARE_FRAMES]
 
-    :param top_level: of the format in the recorded configuration.
+
+def hardware_structures(mem: Memory, rtaddr: int, bdfs: Sequence[int]) -> U64:
+    """pas of the root, context and PASID tables that hardware uses for these devices, found from the
+    register.
+
+    For the *held* way, where no record can be believed. Sorted; what is not there is left out.
     """
-    if not len(record.table_pages) or not bool((record.table_pages == np.uint64(record.root_pa)).any()):
-        return f"root {record.root_pa:#x} is not among its {record.n_table_pages} table pages"
-    if record.top_level != top_level:
-        return f"top level {record.top_level}, the format has {top_level}"
-    return ""
+    pas: set[int] = {rtaddr & codec.PA_MASK}
+    for bdf in bdfs:
+        try:
+            path = codec.find_root(mem, rtaddr, bdf).path
+        except codec.RootFault as error:
+            path = error.path
+        except InputError:
+            continue
+        pas.update(step.pa & ~(FRAME_BYTES - 1) for step in path)
+    return np.array(sorted(pas), np.uint64)
 
 
-@dataclass(frozen=True, slots=True)
-class Owned:
-    """Frames that have an owner tag: what the *held* way keeps."""
+class Carrier:
+    """The live-update half of one kernel: LUO, its handlers, prior domains, and the way through boot
+    and reboot.
 
-    pfns: I64
+    :param kernel: the kernel that it is built into.
+    """
 
-    @classmethod
-    def of(cls, tags: U32) -> Owned:
-        """Every frame beyond the firmware's that anybody owned."""
-        pfns = np.flatnonzero(tags != 0).astype(np.int64)
-        return cls(pfns[pfns >= FIRMWARE_FRAMES])
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.profile = profile_of(kernel.profile)
+        self.priors = Priors(kernel, self.profile)
+        self._freeze: Freeze | None = None
+        self.memfds = MemfdHandler(kernel, lambda: self.freeze.out)
+        self.handlers: list[FileHandler] = [self.memfds]
+        self.iommufds: IommufdHandler | None = None
+        self.vfios: VfioHandler | None = None
+        if self.profile.liveupdate:
+            flb = (self.profile.iommu_record,)
+            self.iommufds = IommufdHandler(
+                kernel, self.priors, self.memfds, self.profile.iommufd_record, flb, lambda: self.freeze
+            )
+            self.vfios = VfioHandler(
+                kernel, self.priors, self.iommufds, self.profile.vfio_record, flb, lambda: self.freeze
+            )
+            self.handlers += [self.iommufds, self.vfios]
+        self.luo = Luo(kernel.log, self.handlers)
+        self.liveupdate_num = 0
+        self.kexec_count = 0
+        #: frames that the boot keeps for nobody in particular: records, and what no record names
+        self.kept: I64 = np.zeros(0, np.int64)
+        #: why everything is held, or ""
+        self.held = ""
+
+    @property
+    def freeze(self) -> Freeze:
+        """The freeze that is going on."""
+        if self._freeze is None:
+            raise AssertionError("no freeze is going on")
+        return self._freeze
+
+    def install(self) -> None:
+        """Register with the kernel, before its boot."""
+        kernel = self.kernel
+        kernel.device_nodes["/dev/liveupdate"] = lambda process: LiveUpdateDevice(kernel, self.luo)
+        kernel.early_boot_hooks.append(lambda _: self.early_boot())
+        kernel.boot_hooks.append(lambda _: self.late_boot())
+        kernel.reboot_hooks.append(lambda _: self.reboot())
+        kernel.claimants.append(self.claims)
+        if self.profile.liveupdate:
+            self.priors.install()
+        if self.vfios is not None:
+            self.vfios.install()
+
+    def claims(self) -> Iterable[Claim]:
+        """What LUO, the boot and a freeze hold."""
+        yield from self.memfds.claims()
+        if len(self.kept):
+            yield Claim("kept by the boot", self.kept)
+        if self._freeze is not None:
+            yield from self._freeze.out.claims()
+
+    # ---- boot
+
+    def early_boot(self) -> None:
+        """Decide what is kept; before any frame is handed out."""
+        kernel = self.kernel
+        boot, tags = kernel.platform.boot, kernel.platform.tags
+        fdt_pa = boot.fdt_addr
+        if not fdt_pa:
+            self._stop_devices(range(kernel.platform.n_devices))
+            return
+        try:
+            restored = read_boot(kernel.frames.ram, fdt_pa, tags, self.profile)
+            if restored is None:
+                # kho_populate(): a warning, and an ordinary boot with nothing reserved
+                kernel.log(f"KHO: the FDT at {fdt_pa:#x} is of another version: nothing is kept")
+                self._stop_devices(range(kernel.platform.n_devices))
+            else:
+                self._restore(restored)
+        except Damaged as error:
+            self._hold(str(error))
+        boot.clear()
+
+    def late_boot(self) -> None:
+        """After the IOMMU driver is up: devices that were not carried must not translate."""
+        if self.vfios is not None:
+            self.vfios.close_nodes()
+        if self.held:
+            for dev in self.kernel.vtd.devices:
+                self.kernel.device_nodes[node_path(dev)] = self._refuse
+            return
+        vtd = self.kernel.vtd
+        for dev in vtd.devices:
+            if dev.index in self.priors.devices:
+                continue
+            try:
+                left = vtd.root_of(dev)
+            except InputError:
+                continue
+            vtd._block(dev)
+            vtd._flush_device(dev, left.domain_id)
+
+    def _refuse(self, process: Process) -> File:
+        raise SysError(errno.EBUSY, f"devices are held as they are: {self.held}")
+
+    def _stop_devices(self, indices: Iterable[int]) -> None:
+        """Devices that nobody carried over lose their bus mastering and are reset, before memory is
+        reused.
+        """
+        for index in indices:
+            window = self.kernel.platform.bars[index]
+            at_work = bar.read_register(window, bar.ENABLE) or bar.read_register(window, bar.ENABLE_ACK)
+            if at_work:
+                vfio.reset(self.kernel, self.kernel.vtd.devices[index])
+
+    def _restore(self, restored: Restored) -> None:
+        kernel, vtd = self.kernel, self.kernel.vtd
+        if restored.foreign_iommu and self.profile.liveupdate:
+            raise Damaged(f"IOMMU record {restored.foreign_iommu!r} is not {self.profile.iommu_record!r}")
+        priors: list[tuple[DomainRecord, I64]] = []
+        if restored.iommu is not None:
+            hardware = restored.iommu.iommus
+            if len(hardware) != 1 or hardware[0].root_table != vtd.rtaddr:
+                raise Damaged(f"the IOMMU's root table is {vtd.rtaddr:#x}, the record has another")
+            for record in restored.iommu.domains:
+                try:
+                    open_format(record.format, dict(record.config))
+                except InputError as error:
+                    raise Damaged(f"domain {record.index}: {error.what}") from error
+                if record.domain_id < FIRST_DID:
+                    raise Damaged(f"domain {record.index} has the reserved domain id {record.domain_id}")
+                priors.append((record, restored.tables[record.index]))
+            ids = [record.domain_id for record, _ in priors]
+            if len(set(ids)) != len(ids):
+                raise Damaged("two domains have the same domain id")
+            bdfs = {dev.bdf: dev for dev in vtd.devices}
+            for device in restored.iommu.devices:
+                if device.segment or device.bdf not in bdfs:
+                    raise Damaged(f"device {device.segment:04x}:{device.bdf:#x} is not there")
+            try:
+                vtd.inherit(Inherited(vtd.rtaddr, hardware[0].structure_pages))
+            except IokeepError as error:
+                raise Damaged(error.what) from error
+        carried = set()
+        kernel.frames.claim(restored.preserved, None, Kind.RESERVED)
+        kernel.frames.saw_ino(int(kernel.platform.tags[restored.preserved].max(initial=0)))
+        if restored.iommu is not None:
+            for record, pfns in priors:
+                self._prior(record, pfns)
+            for device in restored.iommu.devices:
+                dev = next(d for d in vtd.devices if d.bdf == device.bdf)
+                prior = self.priors.domains[device.domain_index]
+                assert prior.domain is not None
+                prior.devices.add(dev)
+                self.priors.devices[dev.index] = prior
+                vtd.restored_device(dev, prior.domain)
+                carried.add(dev.index)
+        self._stop_devices(i for i in range(kernel.platform.n_devices) if i not in carried)
+        self.memfds.incoming = restored.memfds
+        if self.iommufds is not None and self.vfios is not None:
+            self.iommufds.incoming = restored.iommufds
+            self.vfios.incoming = restored.vfios
+            for iommufd in restored.iommufds.values():
+                for hwpt in iommufd.hwpts:
+                    self.priors.domains[hwpt.domain_index].token = hwpt.token
+        self.kept = restored.other
+        self.liveupdate_num = restored.liveupdate_num
+        self.kexec_count = restored.kexec_count
+        self.luo = Luo(kernel.log, self.handlers, restored.sessions)
+        self.luo.all_finished = self._all_finished
+        kernel.log(
+            f"KHO: live update {restored.liveupdate_num}: {len(restored.preserved)} frames kept, "
+            f"{len(restored.sessions)} sessions, {len(priors)} prior domains, {len(carried)} devices at work"
+        )
+        if not restored.sessions:
+            self._all_finished()
+
+    def _prior(self, record: DomainRecord, pfns: I64) -> None:
+        pages = record.table_pages
+        if not len(pages):
+            raise Damaged(f"domain {record.index} has no table pages")
+        fault, root_pa = "", record.root_pa
+        if not bool((pages == np.uint64(root_pa)).any()):
+            fault = f"root {root_pa:#x} is not among its {len(pages)} table pages"
+            root_pa = int(pages[0])  # never used: ADOPT and COMPARE refuse a record with a fault
+        prior = self.priors.add(record, pfns, fault)
+        assert prior.fmt is not None
+        prior.domain = self.kernel.vtd.restore_domain(prior.fmt, root_pa, record.domain_id, pages)
+
+    def _all_finished(self) -> None:
+        """The last incoming session is finished: what nobody claimed is freed."""
+        if len(self.kept):
+            self.kernel.log(f"KHO: {len(self.kept)} preserved frames that nobody claimed are freed")
+            self.kernel.frames.put(self.kept)
+            self.kept = np.zeros(0, np.int64)
+
+    def _hold(self, why: str) -> None:
+        """Keep everything as it is: frames with an owner, the IOMMU, the devices."""
+        kernel, vtd = self.kernel, self.kernel.vtd
+        self.held = why
+        kernel.log(f"KHO: {why}")
+        kernel.log("KHO: everything is kept as it is: memory with an owner, the IOMMU, devices at work")
+        frames = kernel.frames
+        fresh = frames.kind == Kind.FREE
+        owned = owned_frames(kernel.platform.tags[: frames.n_frames])
+        frames.claim(owned[fresh[owned]], None, Kind.RESERVED)
+        self.kept = owned
+        self.priors.domains.clear()
+        self.priors.devices.clear()
+        for dev in vtd.devices:
+            dev.domain = None
+        vtd.domains.clear()
+        pages = hardware_structures(frames.ram, vtd.rtaddr, [d.bdf for d in vtd.devices])
+        vtd.mode = "scalable-ss" if vtd.rtaddr & codec.RTADDR_TTM_MASK else "legacy"
+        vtd.scalable = vtd.mode != "legacy"
+        try:
+            vtd.inherit(Inherited(vtd.rtaddr, pages))
+        except IokeepError as error:
+            kernel.log(f"DMAR: {error.what}")
+        self.kept = np.setdiff1d(owned, pfns_of(pages))
+        self.luo = Luo(kernel.log, self.handlers, incoming_error=why)
+
+    # ---- reboot
+
+    def reboot(self) -> None:
+        """liveupdate_reboot(): write everything, or undo everything and fail with the errno."""
+        kernel = self.kernel
+        if self.held:
+            raise SysError(errno.EBUSY, f"what came over the last kexec is held: {self.held}")
+        boot = kernel.platform.boot
+        self._freeze = Freeze(kernel, self.profile, KhoOut(kernel.frames))
+        try:
+            sessions = self.luo.freeze()
+        except BaseException:
+            self._abort()
+            raise
+        try:
+            fdt_pa = self.freeze.write(sessions, self.luo, self.liveupdate_num + 1, self.kexec_count + 1)
+        except BaseException:
+            self.luo.unfreeze()
+            self._abort()
+            raise
+        self.freeze.shut_devices_down()
+        boot.fdt_size = FRAME_BYTES
+        boot.fdt_addr = fdt_pa
+        kernel.log(
+            f"KHO: {len(sessions)} sessions, {len(self.freeze.domains)} domains, "
+            f"{len(self.freeze.devices)} devices go over the kexec, "
+            f"{self.freeze.out.written_bytes} bytes written"
+        )
+
+    def _abort(self) -> None:
+        self.freeze.out.abort()
+        self._freeze = None
+
+
+def install(kernel: Kernel) -> Carrier:
+    """Build live update into a kernel that has not booted."""
+    carrier = Carrier(kernel)
+    carrier.install()
+    return carrier

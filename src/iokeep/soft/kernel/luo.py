@@ -104,6 +104,7 @@ class Session:
     name: str
     incoming: bool = False
     retrieved: bool = False
+    finished: bool = False
     files: list[LuoFile] = field(default_factory=list)
 
     def by_token(self, token: int) -> LuoFile | None:
@@ -160,6 +161,8 @@ class Luo:
         self.flb_count: dict[str, int] = {}
         #: called with the FLB's name when its last incoming user has finished (luo_flb_file_finish)
         self.flb_finished: Callable[[str], None] = lambda name: None
+        #: called when the last incoming session is finished
+        self.all_finished: Callable[[], None] = lambda: None
         self.device_open = False
         self.frozen = False
         self._handed_over = incoming or []
@@ -357,6 +360,7 @@ class Luo:
                 raise SysError(
                     errno.EBUSY, f"token {entry.token:#x} ({entry.handler.compatible}) is not reclaimed"
                 )
+        first_time = not session.finished
         while session.files:
             entry = session.files[-1]
             entry.handler.finish(session, entry)
@@ -368,6 +372,9 @@ class Luo:
                 self.flb_count[name] -= 1
                 if self.flb_count[name] == 0:
                     self.flb_finished(name)
+        session.finished = True
+        if first_time and all(s.finished for s in self.incoming):
+            self.all_finished()
 
     def _forget(self, entry: LuoFile) -> None:
         assert entry.file is not None

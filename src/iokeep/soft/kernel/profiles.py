@@ -11,7 +11,7 @@ IOMMU driver starts from nothing at every boot.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from iokeep.errors import UsageError
@@ -38,7 +38,7 @@ class Profile:
     iommufd_record: str = IOMMUFD_COMPATIBLE
     iommu_record: str = IOMMU_COMPATIBLE
     vfio_record: str = VFIO_COMPATIBLE
-    formats: Mapping[str, frozenset[str]] = MappingProxyType({})
+    formats: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -49,7 +49,9 @@ class Profile:
         return (*linux, self.iommufd_record, self.iommu_record, self.vfio_record)
 
 
-_FORMATS: Mapping[str, frozenset[str]] = MappingProxyType({"vtdss": frozenset(), "x86_64": frozenset()})
+_FORMATS: Mapping[str, frozenset[str]] = MappingProxyType(
+    {"vtdss": frozenset(), "x86_64": frozenset({"sign_extend"})}
+)
 
 PROFILES: Mapping[str, Profile] = MappingProxyType(
     {

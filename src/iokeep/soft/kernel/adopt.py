@@ -1,0 +1,490 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prior domains: held since boot, adopted after validation, or replaced by a domain that was proved equal.
+
+The ioctls 0x96 ... 0x99 of docs/adoption-uapi.md, and the rules of attachment for devices that came over
+the kexec. Nothing here believes user space or the old kernel: what an IOAS says is compared with what the
+tables hold, and the tables with what hardware uses, before iommufd reads a PFN back from them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from iokeep.errors import InputError, IokeepError
+from iokeep.handover.iommu import DomainRecord
+from iokeep.pt.compare import Mismatch, Verdict
+from iokeep.pt.diff import diff
+from iokeep.pt.extents import Extents
+from iokeep.pt.formats.base import Format
+from iokeep.pt.layout import compare_layouts, kernel_layout, table_layout
+from iokeep.pt.registry import open_format
+from iokeep.pt.roots.vtd import RootFault
+from iokeep.pt.verify import verify
+from iokeep.soft.kernel.device import IommufdDevice
+from iokeep.soft.kernel.files import Ioctl
+from iokeep.soft.kernel.frames import I64, Claim
+from iokeep.soft.kernel.hwpt import HwptPaging
+from iokeep.soft.kernel.ioas import Ioas
+from iokeep.soft.kernel.iommufd import Iommufd
+from iokeep.soft.kernel.syserror import SysError
+from iokeep.uapi import proposal as uapi
+from iokeep.uapi.copy_struct import copy_struct_in
+
+if TYPE_CHECKING:
+    from iokeep.soft.kernel.kernel import Kernel
+    from iokeep.soft.kernel.profiles import Profile
+    from iokeep.soft.kernel.vtd import Domain, PciDevice
+
+#: mismatches that one call may ask for; more are counted, not copied
+MAX_MISMATCHES = 4096
+#: ADOPT itself counts layout differences up to these table bytes; VALIDATE_ONLY always does
+LAYOUT_ALWAYS = 16 << 20
+#: out_layout_differences where they were not counted
+NOT_COUNTED = 2**32 - 1
+_NUMBERS = {text: number for number, text in uapi.MISMATCH_REASONS.items()}
+_MAX = 2**64 - 1
+
+HELD = "held"
+ADOPTED = "adopted"
+FREED = "freed"
+
+
+@dataclass(eq=False, slots=True)
+class PriorDomain:
+    """A domain whose tables came over the kexec.
+
+    :param pfns: frames of its tables. :param fmt: its format, None where this kernel cannot read it.
+    :param fault: why the record cannot be used (EUCLEAN), or "". :param unsupported: why it is not in the
+        tested set (EOPNOTSUPP), or "".
+    :param token: of its HWPT; None until the iommufd's record says so. ``devices``: the restored devices on
+        it.
+    ``domain``: the driver's domain around the tables, from boot on, where the format is known.
+    """
+
+    record: DomainRecord
+    pfns: I64
+    fmt: Format | None = None
+    fault: str = ""
+    unsupported: str = ""
+    token: int | None = None
+    domain: Domain | None = None
+    devices: set[PciDevice] = field(default_factory=set)
+    state: str = HELD
+    hwpt: AdoptedHwpt | None = None
+    #: HWPTs that were proved equal -> generation of their IOAS at that time
+    proofs: WeakKeyDictionary[HwptPaging, int] = field(default_factory=WeakKeyDictionary)
+
+    @property
+    def reclaimed(self) -> bool:
+        """Nobody needs the session for it any more."""
+        return self.state != HELD or not self.devices
+
+
+class AdoptedHwpt(HwptPaging):
+    """A HWPT around a prior domain. While restored devices are on that domain, destroying it gives the domain
+    back: the areas lose their pins, the tables stay.
+    """
+
+    def __init__(self, iommufd: Iommufd, ioas: Ioas, domain: Domain, prior: PriorDomain) -> None:
+        super().__init__(iommufd, ioas, domain)
+        self.prior: PriorDomain | None = prior
+
+    def destroy(self) -> None:
+        """See the class."""
+        prior = self.prior
+        if prior is None or not prior.devices:
+            if prior is not None:
+                prior.state, prior.hwpt = FREED, None
+            super().destroy()
+            return
+        self.ioas.hwpts.remove(self)
+        give_back(self.ioas, self.domain)
+        self.ioas.users -= 1
+        prior.state, prior.hwpt = HELD, None
+
+
+def give_back(ioas: Ioas, domain: Domain) -> None:
+    """Take an adopted domain off its IOAS without touching its tables: Ioas.add_domain(adopted=True)
+    backwards.
+    """
+    index = ioas.domains.index(domain)
+    tail = ioas.domains.pop()
+    if index < len(ioas.domains):
+        ioas.domains[index] = tail
+    frames = domain.vtd.kernel.frames
+    for area in ioas.areas:
+        if area.storage is not domain:
+            continue
+        if ioas.domains:
+            area.storage = ioas.domains[0]
+            continue
+        del area.pages.stored[id(area)]
+        spans = area.pages.unstored(area.first_page, area.last_page)
+        pfns = [area.read_back(r.start, r.last) for r in spans]
+        area.storage = None
+        for part in pfns:
+            frames.unpin(part)
+    ioas.unreserve(domain)
+    ioas._set_alignment()
+
+
+def expected_extents(ioas: Ioas) -> Extents:
+    """What a table of this IOAS must hold: the PFNs of its areas, from their origin. :raises SysError:
+    as a fill.
+    """
+    parts = [area.extents(area.pages.lookup(area.first_page, area.last_page)) for area in ioas.areas]
+    if not parts:
+        return Extents.empty()
+    return Extents(
+        np.concatenate([p.iova for p in parts]),
+        np.concatenate([p.last for p in parts]),
+        np.concatenate([p.pa for p in parts]),
+        np.concatenate([p.prot for p in parts]),
+    )
+
+
+@dataclass(eq=False)
+class Priors:
+    """All prior domains and restored devices of this boot, and who may do what with them.
+
+    :param tested: format name -> features that this kernel is tested with. :param trust: the boot parameter
+        unsafe_adopt.
+    """
+
+    kernel: Kernel
+    profile: Profile
+    domains: dict[int, PriorDomain] = field(default_factory=dict)
+    #: restored devices by platform index, until their session is finished
+    devices: dict[int, PriorDomain] = field(default_factory=dict)
+    #: retrieved iommufds (until finish) -> their prior domains by token
+    iommufds: WeakKeyDictionary[Iommufd, dict[int, PriorDomain]] = field(default_factory=WeakKeyDictionary)
+    #: HWPTs that user space marked -> token
+    marks: WeakKeyDictionary[HwptPaging, int] = field(default_factory=WeakKeyDictionary)
+
+    @property
+    def trust(self) -> bool:
+        """Booted with unsafe_adopt=1."""
+        return self.kernel.params.flag("unsafe_adopt")
+
+    def install(self) -> None:
+        """Register the ioctls and the rules of attachment."""
+        kernel = self.kernel
+        for request, handler in (
+            (uapi.IOMMU_HWPT_LIVEUPDATE_MARK_PRESERVE, self.mark_preserve),
+            (uapi.IOMMU_HWPT_LIVEUPDATE_ADOPT, self.adopt),
+            (uapi.IOMMU_HWPT_LIVEUPDATE_COMPARE, self.compare),
+            (uapi.IOMMU_LIVEUPDATE_GET_INFO, self.get_info),
+        ):
+            kernel.ioctl_extensions[(Iommufd, request)] = _checked(handler)
+        kernel.attach_checks.append(self.check_attach)
+        kernel.attached_hooks.append(self.attached)
+        kernel.claimants.append(self.claims)
+
+    # ---- boot
+
+    def add(self, record: DomainRecord, pfns: I64, fault: str) -> PriorDomain:
+        """A prior domain as its record says; ``fault`` where the record cannot be used."""
+        prior = PriorDomain(record, pfns, fault=fault)
+        known = self.profile.formats.get(record.format)
+        if known is None:
+            prior.unsupported = f"format {record.format!r} is not in the tested set of {self.profile.name}"
+        elif unknown := sorted(set(record.features) - known):
+            prior.unsupported = f"features {', '.join(unknown)} of {record.format} are not in the tested set"
+        else:
+            try:
+                prior.fmt = open_format(record.format, dict(record.config))
+            except InputError as error:
+                prior.unsupported = error.what
+        if prior.fmt is not None and dict(prior.fmt.config) != dict(record.config):
+            config = dict(record.config)
+            prior.unsupported = f"configuration {config} of {record.format} is not in the tested set"
+        if prior.fmt is not None and not prior.fault and record.top_level != prior.fmt.top_level:
+            prior.fault = f"top level {record.top_level}, the format has {prior.fmt.top_level}"
+        self.domains[record.index] = prior
+        return prior
+
+    def claims(self) -> Iterable[Claim]:
+        """Tables of prior domains that the driver has no domain for."""
+        for prior in self.domains.values():
+            if prior.domain is None and prior.state == HELD:
+                yield Claim(f"prior domain {prior.record.index}", prior.pfns)
+
+    def release(self, prior: PriorDomain) -> None:
+        """Free the tables of a prior domain that no device uses and nobody adopted."""
+        if prior.state != HELD or prior.devices:
+            return
+        prior.state = FREED
+        if prior.domain is not None:
+            prior.domain.free()
+            prior.domain = None
+        else:
+            self.kernel.frames.put(prior.pfns)
+
+    # ---- attachment
+
+    def check_attach(self, idev: IommufdDevice, hwpt: HwptPaging) -> None:
+        """A restored device moves only to where its DMA is the same. :raises SysError: EPERM."""
+        prior = self.devices.get(idev.dev.index)
+        if prior is None or idev.dev not in prior.devices:
+            return
+        if hwpt is prior.hwpt:
+            return
+        if prior.proofs.get(hwpt) == hwpt.ioas.generation:
+            return
+        raise SysError(
+            errno.EPERM,
+            f"{idev.dev.name} is restored: HWPT {hwpt.id} neither adopted its prior domain nor "
+            "was it proved equal",
+        )
+
+    def attached(self, idev: IommufdDevice, hwpt: HwptPaging, before: Domain | None) -> None:
+        """A restored device has moved: where it was the last one, its prior domain is freed."""
+        prior = self.devices.get(idev.dev.index)
+        if prior is None or idev.dev not in prior.devices or hwpt is prior.hwpt:
+            return
+        prior.devices.discard(idev.dev)
+        if not prior.devices and prior.state == HELD:
+            self.kernel.log(f"live update: prior domain {prior.record.index} is replaced and freed")
+            self.release(prior)
+
+    # ---- looking up
+
+    def _prior(self, iommufd: Iommufd, token: int) -> PriorDomain:
+        prior = self.iommufds.get(iommufd, {}).get(token)
+        if prior is None:
+            raise SysError(errno.ENOENT, f"iommufd has no prior domain with token {token:#x}")
+        if prior.state != HELD:
+            raise SysError(errno.EBUSY, f"token {token:#x} is reclaimed already ({prior.state})")
+        if prior.fault:
+            raise SysError(errno.EUCLEAN, f"record of token {token:#x}: {prior.fault}")
+        if prior.unsupported:
+            raise SysError(errno.EOPNOTSUPP, f"token {token:#x}: {prior.unsupported}")
+        return prior
+
+    def _wrong_root(self, prior: PriorDomain) -> Mismatch | None:
+        """What hardware uses is not what the record says."""
+        for dev in sorted(prior.devices, key=lambda d: d.bdf):
+            try:
+                info = self.kernel.vtd.root_of(dev)
+                found: int | None = info.root_pa
+                right = (info.root_pa, info.domain_id, info.format) == (
+                    prior.record.root_pa,
+                    prior.record.domain_id,
+                    prior.record.format,
+                )
+                text = f"root {info.root_pa:#x} ({info.format}, domain id {info.domain_id})"
+            except RootFault as error:
+                found, right, text = None, False, error.what
+            if not right:
+                wanted = prior.record.root_pa
+                text = f"hardware translates {dev.name} by {text}, the record has root {wanted:#x}"
+                return Mismatch(0, _MAX, wanted, 0, found, 0, "root", None, text)
+        return None
+
+    # ---- ioctls
+
+    def mark_preserve(self, ictx: Iommufd, call: Ioctl) -> None:
+        """IOMMU_HWPT_LIVEUPDATE_MARK_PRESERVE."""
+        cmd = copy_struct_in(uapi.iommu_hwpt_liveupdate_mark_preserve, call.raw)
+        hwpt = ictx.hwpt(cmd.hwpt_id)
+        if ictx.preserved:
+            raise SysError(errno.EBUSY, "the iommufd is preserved")
+        for other, token in self.marks.items():
+            if other.iommufd is not ictx or ictx.objects.get(other.id) is not other:
+                continue
+            if other is not hwpt and token == cmd.hwpt_token:
+                raise SysError(errno.EADDRINUSE, f"HWPT {other.id} has token {token:#x}")
+            if other is hwpt and token != cmd.hwpt_token:
+                raise SysError(errno.EINVAL, f"HWPT {hwpt.id} is marked with token {token:#x} already")
+        self.marks[hwpt] = cmd.hwpt_token
+        call.respond(cmd)
+
+    def marked(self, ictx: Iommufd) -> list[tuple[HwptPaging, int]]:
+        """The marked HWPTs of an iommufd with their tokens, by id."""
+        items = [(h, t) for h, t in self.marks.items() if ictx.objects.get(h.id) is h]
+        return sorted(items, key=lambda item: item[0].id)
+
+    def adopt(self, ictx: Iommufd, call: Ioctl) -> None:
+        """IOMMU_HWPT_LIVEUPDATE_ADOPT."""
+        cmd = copy_struct_in(uapi.iommu_hwpt_liveupdate_adopt, call.raw)
+        known = uapi.IOMMU_LIVEUPDATE_ADOPT_VALIDATE_ONLY | uapi.IOMMU_LIVEUPDATE_ADOPT_TRUST
+        if cmd.flags & ~known or getattr(cmd, "__reserved") or cmd.flags == known:
+            raise SysError(errno.EOPNOTSUPP, f"ADOPT flags {cmd.flags:#x}")
+        trust = bool(cmd.flags & uapi.IOMMU_LIVEUPDATE_ADOPT_TRUST)
+        if trust and not self.trust:
+            raise SysError(errno.EPERM, "ADOPT_TRUST needs the boot parameter unsafe_adopt=1")
+        ioas = ictx.ioas(cmd.ioas_id)
+        prior = self._prior(ictx, cmd.hwpt_token)
+        ioas.check_mutable()
+        domain, fmt = prior.domain, prior.fmt
+        if domain is None or fmt is None:
+            raise AssertionError("a readable prior domain without a domain")
+        if not trust:
+            self._validate(cmd, call, ioas, prior, fmt)
+        cmd.out_hwpt_id = 0
+        if not cmd.flags & uapi.IOMMU_LIVEUPDATE_ADOPT_VALIDATE_ONLY:
+            ioas.add_domain(domain, adopted=True)
+            hwpt = AdoptedHwpt(ictx, ioas, domain, prior)
+            ioas.hwpts.append(hwpt)
+            prior.state, prior.hwpt = ADOPTED, hwpt
+            cmd.out_hwpt_id = ictx.add(hwpt)
+            how = "TRUSTED, UNVALIDATED" if trust else f"{cmd.out_pages} pages validated"
+            self.kernel.log(f"iommufd: prior domain {prior.record.index} is HWPT {hwpt.id} now, {how}")
+        call.respond(cmd)
+
+    def _validate(
+        self,
+        cmd: uapi.iommu_hwpt_liveupdate_adopt,
+        call: Ioctl,
+        ioas: Ioas,
+        prior: PriorDomain,
+        fmt: Format,
+    ) -> None:
+        expected = expected_extents(ioas)
+        capacity = min(cmd.mismatch_capacity, MAX_MISMATCHES)
+        start = time.perf_counter_ns()
+        verdict = self._guarded(
+            lambda: verify(
+                fmt, self.kernel.frames.ram, prior.record.root_pa, expected, limit=max(capacity, 1)
+            ),
+            prior,
+        )
+        cmd.out_validate_ns = time.perf_counter_ns() - start
+        self._fill(cmd, verdict)
+        self._refuse(cmd, call, verdict, capacity, f"IOAS {ioas.id}")
+        if cmd.flags & uapi.IOMMU_LIVEUPDATE_ADOPT_VALIDATE_ONLY or verdict.table_bytes <= LAYOUT_ALWAYS:
+            ours = kernel_layout(fmt, expected, ioas.max_leaf_lg2)
+            theirs = table_layout(fmt, self.kernel.frames.ram, prior.record.root_pa)
+            _, total = compare_layouts(ours, theirs, 0)
+            cmd.out_layout_differences = min(total, NOT_COUNTED - 1)
+        else:
+            cmd.out_layout_differences = NOT_COUNTED
+
+    def compare(self, ictx: Iommufd, call: Ioctl) -> None:
+        """IOMMU_HWPT_LIVEUPDATE_COMPARE."""
+        cmd = copy_struct_in(uapi.iommu_hwpt_liveupdate_compare, call.raw)
+        if cmd.flags or getattr(cmd, "__reserved") or getattr(cmd, "__reserved2"):
+            raise SysError(errno.EOPNOTSUPP, f"COMPARE flags {cmd.flags:#x}")
+        hwpt = ictx.hwpt(cmd.hwpt_id)
+        prior = self._prior(ictx, cmd.hwpt_token)
+        fmt = prior.fmt
+        assert fmt is not None
+        capacity = min(cmd.mismatch_capacity, MAX_MISMATCHES)
+        ram = self.kernel.frames.ram
+        start = time.perf_counter_ns()
+        verdict = self._guarded(
+            lambda: diff(
+                hwpt.domain.fmt,
+                ram,
+                hwpt.domain.root_pa,
+                fmt,
+                ram,
+                prior.record.root_pa,
+                limit=max(capacity, 1),
+            ),
+            prior,
+        )
+        cmd.out_compare_ns = time.perf_counter_ns() - start
+        self._fill(cmd, verdict)
+        self._refuse(cmd, call, verdict, capacity, f"HWPT {hwpt.id}")
+        prior.proofs[hwpt] = hwpt.ioas.generation
+        call.respond(cmd)
+
+    def _guarded(self, check: Callable[[], Verdict], prior: PriorDomain) -> Verdict:
+        """The hardware's root first, then ``check``; tables that are none at all are a mismatch, no crash."""
+        wrong = self._wrong_root(prior)
+        if wrong is not None:
+            return Verdict(equal=False, mismatches=[wrong], total=1)
+        try:
+            return check()
+        except IokeepError as error:
+            found = Mismatch(0, _MAX, prior.record.root_pa, 0, None, 0, "absent", None, error.what)
+            return Verdict(equal=False, mismatches=[found], total=1)
+
+    @staticmethod
+    def _fill(
+        cmd: uapi.iommu_hwpt_liveupdate_adopt | uapi.iommu_hwpt_liveupdate_compare, verdict: Verdict
+    ) -> None:
+        cmd.out_pages = max(verdict.pages, 0)
+        cmd.out_table_bytes = verdict.table_bytes
+        cmd.out_layout_differences = min(verdict.layout_total, 2**32 - 1)
+        cmd.out_mismatches = min(verdict.total, 2**32 - 1)
+
+    def _refuse(
+        self,
+        cmd: uapi.iommu_hwpt_liveupdate_adopt | uapi.iommu_hwpt_liveupdate_compare,
+        call: Ioctl,
+        verdict: Verdict,
+        capacity: int,
+        what: str,
+    ) -> None:
+        """EINVAL with the ranges where the verdict is not equal; the structure is copied out all the same."""
+        if verdict.equal:
+            return
+        rows = verdict.mismatches[:capacity]
+        if rows:
+            call.process.copy_to_user(cmd.mismatch_uptr, b"".join(bytes(_row(m)) for m in rows))
+        call.respond(cmd)
+        for m in verdict.mismatches[:4]:
+            self.kernel.log(f"iommufd: {what} against token {cmd.hwpt_token:#x}: {m.text}")
+        raise SysError(
+            errno.EINVAL,
+            f"{what} is not what the prior domain of token {cmd.hwpt_token:#x} translates: "
+            f"{verdict.total} ranges differ",
+            respond=True,
+        )
+
+    def get_info(self, ictx: Iommufd, call: Ioctl) -> None:
+        """IOMMU_LIVEUPDATE_GET_INFO."""
+        cmd = copy_struct_in(uapi.iommu_liveupdate_info, call.raw)
+        if cmd.flags:
+            raise SysError(errno.EOPNOTSUPP, f"GET_INFO flags {cmd.flags:#x}")
+        priors = self.iommufds.get(ictx, {})
+        rows = []
+        for token, prior in list(priors.items())[: cmd.hwpt_capacity]:
+            row = uapi.iommu_liveupdate_hwpt()
+            row.token = token
+            row.flags = uapi.IOMMU_LIVEUPDATE_HWPT_RECLAIMED if prior.state != HELD else 0
+            row.digest_lo = int.from_bytes(prior.record.digest[:8], "little")
+            row.mapped_bytes = min(prior.record.mapped_bytes, _MAX)
+            rows.append(bytes(row))
+        if rows:
+            call.process.copy_to_user(cmd.hwpt_uptr, b"".join(rows))
+        cmd.out_hwpts = len(priors)
+        call.respond(cmd)
+
+
+def _row(m: Mismatch) -> uapi.iommu_liveupdate_mismatch:
+    row = uapi.iommu_liveupdate_mismatch()
+    row.iova, row.last = m.iova, m.last
+    row.expected_pa = uapi.IOMMU_MISMATCH_NO_PA if m.expected_pa is None else m.expected_pa
+    row.found_pa = uapi.IOMMU_MISMATCH_NO_PA if m.found_pa is None else m.found_pa
+    row.expected_prot, row.found_prot = m.expected_prot or 0, m.found_prot or 0
+    row.reason = _NUMBERS[m.reason]
+    row.level = uapi.IOMMU_MISMATCH_NO_LEVEL if m.level is None else m.level
+    return row
+
+
+def _checked(handler: Callable[[Iommufd, Ioctl], None]) -> Callable[[Iommufd, Ioctl], int]:
+    """Turns copy_struct's OSError into the ioctl's errno."""
+
+    def serve(ictx: Iommufd, call: Ioctl) -> int:
+        try:
+            handler(ictx, call)
+        except OSError as error:
+            raise SysError(error.errno or errno.EIO, str(error)) from error
+        return 0
+
+    return serve
+
+
+#: bytes of one mismatch, which the caller's array is made of
+MISMATCH_BYTES = ctypes.sizeof(uapi.iommu_liveupdate_mismatch)

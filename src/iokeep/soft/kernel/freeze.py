@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The old kernel's last act: everything that must survive is written down, or the reboot fails and nothing
+has changed.
+
+Parameters of the kernel that damage what is written, for rehearsals: ``records_version=NAME`` (the
+version string of the iommufd's record), ``truncate_records=1`` (the record is cut short),
+``stale_root=1`` (the domain's record names an older table, preserved too, that is not the one in use).
+"""
+
+from __future__ import annotations
+
+import errno
+import secrets
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from iokeep.errors import IokeepError
+from iokeep.handover.iommu import (
+    DeviceRecord,
+    DomainRecord,
+    IommufdRecord,
+    IommuHwRecord,
+    IommuRecord,
+    VfioRecord,
+)
+from iokeep.handover.records import write_record
+from iokeep.handover.writer import FileOut, FlbOut, SessionOut
+from iokeep.mem.memory import U64
+from iokeep.pt.build import Table
+from iokeep.pt.digest import digest_extents
+from iokeep.pt.extents import Extents
+from iokeep.pt.leaves import extents
+from iokeep.soft.hardware import registers as reg
+from iokeep.soft.kernel import vfio
+from iokeep.soft.kernel.frames import FRAME_BYTES
+from iokeep.soft.kernel.kho import KhoOut
+from iokeep.soft.kernel.luo import IncomingFile, IncomingSession, Luo
+from iokeep.soft.kernel.syserror import SysError
+
+if TYPE_CHECKING:
+    from iokeep.soft.kernel.kernel import Kernel
+    from iokeep.soft.kernel.profiles import Profile
+    from iokeep.soft.kernel.vtd import Domain, PciDevice
+
+#: pa of the DMAR's registers in the records (where firmware's DRHD would have them)
+REGISTER_BASE = 0xFED90000
+#: pages that a stale table shows wrongly (stale_root)
+_STALE_PAGES = 16
+
+
+@dataclass(eq=False)
+class Freeze:
+    """One freeze: what was written so far."""
+
+    kernel: Kernel
+    profile: Profile
+    out: KhoOut
+    domains: list[DomainRecord] = field(default_factory=list)
+    devices: list[DeviceRecord] = field(default_factory=list)
+    carried: list[PciDevice] = field(default_factory=list)
+    _indices: dict[int, int] = field(default_factory=dict)
+
+    # ---- called by the handlers
+
+    def add_domain(self, domain: Domain) -> int:
+        """Preserve the tables of a domain and describe it; its index."""
+        if domain.domain_id in self._indices:
+            return self._indices[domain.domain_id]
+        self.out.preserve_pas(domain.table_pages)
+        root_pa, pages = domain.root_pa, domain.table_pages
+        if self.kernel.params.flag("stale_root"):
+            root_pa, pages = self._stale_copy(domain)
+        key = secrets.token_bytes(16)
+        try:
+            shown, problems = extents(domain.fmt, self.kernel.frames.ram, root_pa)
+        except IokeepError as error:
+            raise SysError(errno.EINVAL, f"domain {domain.domain_id}: {error.what}") from error
+        if len(problems):
+            raise SysError(errno.EINVAL, f"domain {domain.domain_id}: its tables have reserved bits set")
+        index = len(self.domains)
+        self.domains.append(
+            DomainRecord(
+                index=index,
+                format=domain.fmt.name,
+                config=dict(domain.fmt.config),
+                features=tuple(sorted(name for name, on in domain.fmt.features.items() if on)),
+                root_pa=root_pa,
+                domain_id=domain.domain_id,
+                top_level=domain.fmt.top_level,
+                table_pages=pages,
+                digest=digest_extents(shown, key),
+                digest_key=key,
+                mapped_bytes=shown.mapped_bytes,
+                extents_count=len(shown),
+            )
+        )
+        self._indices[domain.domain_id] = index
+        return index
+
+    def _stale_copy(self, domain: Domain) -> tuple[int, U64]:
+        """A table as it may have been earlier: the last pages show the frames of the first ones."""
+        ram = self.kernel.frames.ram
+        pages: list[int] = []
+
+        def alloc(n: int) -> U64:
+            pas = [self.out.alloc(1, True) for _ in range(n)]
+            pages.extend(pas)
+            return np.array(pas, np.uint64)
+
+        old, _ = extents(domain.fmt, ram, domain.root_pa)
+        if not len(old):
+            raise SysError(errno.EINVAL, "stale_root: the domain maps nothing")
+        pa = old.pa.copy()
+        rows = [
+            (int(i), int(la), int(p), int(b))
+            for i, la, p, b in zip(old.iova, old.last, pa, old.prot, strict=True)
+        ]
+        iova, last, last_pa, prot = rows.pop()
+        n = min(_STALE_PAGES, (last - iova + 1) // FRAME_BYTES)
+        cut = last + 1 - n * FRAME_BYTES
+        if cut > iova:
+            rows.append((iova, cut - 1, last_pa, prot))
+        rows.append((cut, last, int(old.pa[0]), prot))
+        table = Table.create(domain.fmt, ram, alloc, lambda gone: None)
+        table.map(Extents.of(rows))
+        self.kernel.log(f"stale_root: domain {domain.domain_id} is recorded with root {table.root_pa:#x}")
+        return table.root_pa, np.array(sorted(pages), np.uint64)
+
+    def add_device(self, dev: PciDevice, token: int, domain: Domain) -> int:
+        """Describe a device that goes on working; its index."""
+        index = len(self.devices)
+        self.devices.append(
+            DeviceRecord(index, token, 0, dev.bdf, self.add_domain(domain), self.kernel.vtd.mode)
+        )
+        self.carried.append(dev)
+        return index
+
+    def write_iommufd(self, record: IommufdRecord) -> int:
+        """The iommufd's record in preserved memory, damaged where the parameters say so; its pa."""
+        ram = self.kernel.frames.ram
+        pa = write_record(ram, self.out.alloc, self.iommufd_compatible, record.to_bytes())
+        if self.kernel.params.flag("truncate_records"):
+            length = int.from_bytes(ram.read(pa + 48, 8), "little")
+            ram.write(pa + 48, (length // 2).to_bytes(8, "little"))
+        return pa
+
+    def write_vfio(self, record: VfioRecord) -> int:
+        """The device's record in preserved memory; its pa."""
+        return write_record(
+            self.kernel.frames.ram, self.out.alloc, self.profile.vfio_record, record.to_bytes()
+        )
+
+    @property
+    def iommufd_compatible(self) -> str:
+        """Version string of the iommufd's record."""
+        return self.kernel.params.text("records_version") or self.profile.iommufd_record
+
+    # ---- the end
+
+    def write(self, sessions: list[IncomingSession], luo: Luo, liveupdate_num: int, kexec_count: int) -> int:
+        """Write the FLB, LUO's records, the tree and the FDT; the pa of the FDT."""
+        flbs = []
+        if self.domains or self.devices:
+            record = IommuRecord(tuple(self.domains), tuple(self.devices), (self._hardware(),))
+            pa = write_record(
+                self.kernel.frames.ram, self.out.alloc, self.profile.iommu_record, record.to_bytes()
+            )
+            count = luo.flb_count.get(self.profile.iommu_record, 0)
+            flbs.append(FlbOut(self.profile.iommu_record, pa, count))
+        return self.out.write(
+            [SessionOut(s.name, [self._file(f) for f in s.files]) for s in sessions],
+            flbs,
+            liveupdate_num=liveupdate_num,
+            release=self.profile.release,
+            kexec_count=kexec_count,
+        )
+
+    def _file(self, file: IncomingFile) -> FileOut:
+        ours = file.compatible == self.profile.iommufd_record
+        return FileOut(self.iommufd_compatible if ours else file.compatible, file.data, file.token)
+
+    def _hardware(self) -> IommuHwRecord:
+        vtd = self.kernel.vtd
+        pages = vtd.structure_pages()
+        self.out.preserve_pas(pages)
+        return IommuHwRecord(
+            register_base=REGISTER_BASE,
+            root_table=vtd.rtaddr,
+            mode=vtd.mode,
+            version=vtd.regs.read32(reg.DMAR_VER_REG),
+            structure_pages=pages,
+        )
+
+    def shut_devices_down(self) -> None:
+        """What device_shutdown() does: devices that are not carried stop, and nothing translates for them."""
+        vtd = self.kernel.vtd
+        for dev in vtd.devices:
+            if dev in self.carried or dev.domain is None:
+                continue
+            vfio.reset(self.kernel, dev)
+            vtd.set_domain(dev, None)

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How an iommufd crosses the kexec: its marked HWPTs with their tables, and what its areas were.
+
+The rules are those of the series "iommu: Add live update state preservation" (phase 1): only memfds
+that are sealed against resizing and preserved in the same session, immutable from then on. One rule is
+added: the frames in the tables must be those of the files. A memfd that was shrunk and grown between
+map and seal is thus refused, not carried with DMA to frames that nobody preserves.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from iokeep.errors import IokeepError
+from iokeep.handover.iommu import HwptRecord, IoasRecord, IommufdRecord
+from iokeep.pt.verify import verify
+from iokeep.soft.kernel.adopt import PriorDomain, Priors, expected_extents
+from iokeep.soft.kernel.files import F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK, File, Memfd
+from iokeep.soft.kernel.hwpt import HwptPaging
+from iokeep.soft.kernel.ioas import Ioas
+from iokeep.soft.kernel.iommufd import Iommufd
+from iokeep.soft.kernel.luo import FileHandler, LuoFile, Session
+from iokeep.soft.kernel.preserve_memfd import MemfdHandler
+from iokeep.soft.kernel.syserror import SysError
+
+if TYPE_CHECKING:
+    from iokeep.soft.kernel.freeze import Freeze
+    from iokeep.soft.kernel.kernel import Kernel
+    from iokeep.soft.kernel.pages import Area
+
+SEALS = F_SEAL_SEAL | F_SEAL_GROW | F_SEAL_SHRINK
+
+
+@dataclass(slots=True, eq=False)
+class PreservedIommufd:
+    """What LUO holds of a preserved iommufd: its marked HWPTs, each with its token and one more user."""
+
+    iommufd: Iommufd
+    session: Session
+    hwpts: list[tuple[HwptPaging, int]]
+
+
+@dataclass(eq=False)
+class IommufdHandler(FileHandler):
+    """LUO handler of iommufds.
+
+    :param compatible: version of the record, of the kernel's profile. :param flb: the IOMMU core's FLB.
+    :param freeze_now: the freeze that is going on. :param incoming: records that came over the kexec, by pa.
+    """
+
+    kernel: Kernel
+    priors: Priors
+    memfds: MemfdHandler
+    compatible: str
+    flb: tuple[str, ...]
+    freeze_now: Callable[[], Freeze]
+    incoming: dict[int, IommufdRecord] = field(default_factory=dict)
+    held: list[PreservedIommufd] = field(default_factory=list)
+
+    def can_preserve(self, file: File) -> bool:
+        """Any iommufd."""
+        return isinstance(file, Iommufd)
+
+    # ---- in the old kernel
+
+    def preserve(self, session: Session, file: File, token: int) -> PreservedIommufd:
+        """Check every rule, then make the iommufd immutable. :raises SysError: EINVAL with the reason."""
+        assert isinstance(file, Iommufd)
+        hwpts = self.priors.marked(file)
+        if not hwpts:
+            raise SysError(errno.EINVAL, "iommufd: no HWPT is marked to be preserved")
+        for ioas in {hwpt.ioas.id: hwpt.ioas for hwpt, _ in hwpts}.values():
+            for area in ioas.areas:
+                self._check_area(session, area)
+        for hwpt, _ in hwpts:
+            self._check_table(hwpt)
+        file.preserved = True
+        for hwpt, _ in hwpts:
+            hwpt.users += 1
+        private = PreservedIommufd(file, session, hwpts)
+        self.held.append(private)
+        return private
+
+    def _check_area(self, session: Session, area: Area) -> None:
+        where = f"iommufd: IOAS {area.ioas.id} area {area.iova:#x} ... {area.last:#x}"
+        file = area.pages.memfd
+        if not isinstance(file, Memfd):
+            raise SysError(errno.EINVAL, f"{where} is not backed by a memfd")
+        if file.seals & SEALS != SEALS:
+            missing = ", ".join(
+                name
+                for name, bit in (("SEAL", F_SEAL_SEAL), ("GROW", F_SEAL_GROW), ("SHRINK", F_SEAL_SHRINK))
+                if not file.seals & bit
+            )
+            raise SysError(errno.EINVAL, f"{where}: memfd {file.name} lacks the seals {missing}")
+        if session.token_of(self.memfds, file) is None:
+            raise SysError(
+                errno.EINVAL, f"{where}: memfd {file.name} is not preserved in session [{session.name}]"
+            )
+
+    def _check_table(self, hwpt: HwptPaging) -> None:
+        try:
+            verdict = verify(
+                hwpt.domain.fmt,
+                self.kernel.frames.ram,
+                hwpt.domain.root_pa,
+                expected_extents(hwpt.ioas),
+                limit=1,
+            )
+        except IokeepError as error:
+            raise SysError(errno.EINVAL, f"iommufd: HWPT {hwpt.id}: {error.what}") from error
+        if not verdict.equal:
+            first = verdict.mismatches[0].text
+            raise SysError(
+                errno.EINVAL, f"iommufd: HWPT {hwpt.id} does not show the frames of its files: {first}"
+            )
+
+    def unpreserve(self, file: File, private: PreservedIommufd) -> None:
+        """Mutable again."""
+        for hwpt, _ in private.hwpts:
+            hwpt.users -= 1
+        private.iommufd.preserved = False
+        self.held.remove(private)
+
+    def freeze(self, file: File, private: PreservedIommufd) -> int:
+        """Tables into the preserved tree, domains into the FLB, HWPTs and areas into the record; its pa."""
+        now = self.freeze_now()
+        ioases = {hwpt.ioas.id: hwpt.ioas for hwpt, _ in private.hwpts}
+        record = IommufdRecord(
+            hwpts=tuple(
+                HwptRecord(token, now.add_domain(hwpt.domain), hwpt.ioas.id) for hwpt, token in private.hwpts
+            ),
+            ioases=tuple(self._ioas(private.session, ioas) for ioas in ioases.values()),
+        )
+        return now.write_iommufd(record)
+
+    def _ioas(self, session: Session, ioas: Ioas) -> IoasRecord:
+        tokens = []
+        for area in ioas.areas:
+            memfd = area.pages.memfd
+            token = session.token_of(self.memfds, memfd) if memfd is not None else None
+            if token is None:
+                raise SysError(errno.EINVAL, f"iommufd: the file at {area.iova:#x} is no longer preserved")
+            tokens.append(token)
+        return IoasRecord(
+            ioas.id,
+            np.array([a.iova for a in ioas.areas], np.uint64),
+            np.array([a.last for a in ioas.areas], np.uint64),
+            np.array(tokens, np.uint64),
+            np.array([a.file_offset for a in ioas.areas], np.uint64),
+            np.array([a.prot for a in ioas.areas], np.uint8),
+            np.zeros(len(ioas.areas), np.uint8),
+        )
+
+    # ---- in the new kernel
+
+    def check_incoming(self, session: Session, entry: LuoFile) -> None:
+        """Its record was read at boot."""
+        if entry.data not in self.incoming:
+            raise SysError(errno.EIO, f"no iommufd record at {entry.data:#x}")
+
+    def _priors(self, entry: LuoFile) -> dict[int, PriorDomain]:
+        record = self.incoming[entry.data]
+        return {h.token: self.priors.domains[h.domain_index] for h in record.hwpts}
+
+    def retrieve(self, session: Session, entry: LuoFile) -> File:
+        """A new iommufd that can adopt the prior domains of the old one; it has no objects yet."""
+        iommufd = Iommufd(self.kernel)
+        self.priors.iommufds[iommufd] = self._priors(entry)
+        return iommufd
+
+    def can_finish(self, session: Session, entry: LuoFile) -> bool:
+        """Every prior domain is reclaimed, or no device is on it."""
+        for token, prior in self._priors(entry).items():
+            if not prior.reclaimed:
+                self.kernel.log(
+                    f"luo: session [{session.name}]: prior domain of HWPT token {token:#x} is held"
+                )
+                return False
+        return True
+
+    def finish(self, session: Session, entry: LuoFile) -> None:
+        """The iommufd is an ordinary one now; prior domains that nobody adopted and no device uses are
+        freed.
+        """
+        for prior in self._priors(entry).values():
+            self.priors.release(prior)
+            if prior.hwpt is not None:
+                prior.hwpt.prior = None
+            del self.priors.domains[prior.record.index]
+        if isinstance(entry.file, Iommufd):
+            self.priors.iommufds.pop(entry.file, None)
