@@ -379,12 +379,15 @@ class FrameAllocator:
         self.words[pfns] = np.uint64(int.from_bytes(bytes([POISON]) * 8, "little"))
 
     def poison_free(self) -> int:
-        """Poison every free frame and clear its tag, as a boot does; the number of frames."""
-        free = np.flatnonzero(self.kind == Kind.FREE)
-        self.tags[free] = TAG_FREE
-        for at in range(0, len(free), 65536):
-            self.poison(free[at : at + 65536])
-        return len(free)
+        """At boot: poison what is free now and was somebody's before, and clear its tag; the number of frames.
+
+        Frames that carried no tag were free in the old kernel too: poisoned then, or never touched.
+        """
+        left = np.flatnonzero((self.kind == Kind.FREE) & (self.tags[: self.n_frames] != TAG_FREE))
+        for at in range(0, len(left), 65536):
+            self.poison(left[at : at + 65536])
+        self.tags[left] = TAG_FREE
+        return len(left)
 
     # ---- audit
 

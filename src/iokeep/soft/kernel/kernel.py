@@ -123,7 +123,7 @@ class Kernel:
         for hook in self.early_boot_hooks:
             hook(self)
         n = self.frames.poison_free()
-        self.log(f"memory: {self.frames.n_frames} frames, {n} free")
+        self.log(f"memory: {self.frames.n_frames} frames, {self.frames.n_free} free, {n} of these poisoned")
         self._vtd.start()
         for hook in self.boot_hooks:
             hook(self)
