@@ -94,7 +94,7 @@ def test_show_text_lists_problems(capsys):
 
 @pytest.mark.parametrize(("name", "code"), [("s1-vm1-F", 0), ("s6-51dup-F", 1)])
 def test_check(name, code, capsys):
-    assert main(["handover", "check", str(DATA / name), "--to", "soft-7.3"]) == code
+    assert main(["handover", "check", str(DATA / name), "--to", "soft-7.4"]) == code
     assert ("takes it" in capsys.readouterr().out) == (code == 0)
     assert main(["handover", "check", str(DATA / name), "--json"]) == code
     document = json.loads(capsys.readouterr().out)
@@ -132,7 +132,10 @@ def test_absent_metadata_is_exit_3_with_its_pa(copy, capsys, pa):
     assert main(["handover", "show", copy(drop=[pa]), "--json"]) == 3
     out, err = capsys.readouterr()
     assert f"{pa:#x}" in err
-    assert "session" not in out
+    document = json.loads(out)
+    assert document["schema"] == "iokeep.handover-show-v1"
+    assert document["error"]["kind"] == "memory-absent"
+    assert f"{pa:#x}" in document["error"]["message"]
 
 
 def test_an_absent_scratch_array_is_no_error(copy, capsys):
@@ -177,3 +180,108 @@ def test_a_capture_of_another_kernel_is_shown_but_not_decoded(copy, capsys):
     out = capsys.readouterr().out
     assert "\x1b" not in out  # nothing from memory reaches the terminal raw
     assert "boots with nothing reserved" in out
+
+
+@pytest.fixture
+def soft_capture(tmp_path):
+    """A handover as the software kernel writes it, with iokeep's own records, as a capture directory."""
+    from iokeep.handover.iommu import (
+        DeviceRecord,
+        DomainRecord,
+        HwptRecord,
+        IoasRecord,
+        IommufdRecord,
+        IommuHwRecord,
+        IommuRecord,
+        VfioRecord,
+    )
+    from iokeep.handover.radix import PreservedTree
+    from iokeep.handover.writer import FileOut, FlbOut, MemfdOut, SessionOut, write_handover, write_memfd
+    from iokeep.mem.ram import Ram
+
+    ram = Ram.of(1 << 20)
+    preserved, end = [], [0x1000]
+
+    def alloc(npages, keep):
+        pa = end[0]
+        end[0] += npages << 12
+        if keep:
+            preserved.append((pa >> 12, npages))
+        return pa
+
+    def array(*values):
+        return np.array(values, np.uint64)
+
+    frames = array(0x10000, 0x10001)
+    memfd = write_memfd(ram, alloc, MemfdOut(0, 0x2000, 7, frames, array(0, 1)))
+    flags = np.zeros(1, np.uint8)
+    ioas = IoasRecord(3, array(0x10000), array(0x11FFF), array(1), array(0), flags + np.uint8(3), flags)
+    iommufd = IommufdRecord((HwptRecord(5, 0, 3),), (ioas,)).write(ram, alloc)
+    vfio = VfioRecord(0, 0x20, 0, 7).write(ram, alloc)
+    table, context = 0x7000000, 0x7001000
+    domain = DomainRecord(
+        0, "vtdss", {"levels": 4}, (), table, 2, 3, array(table), bytes(32), bytes(16), 0x2000, 1
+    )
+    hw = IommuHwRecord(0xFED90000, context, "legacy", 0x10, array(context))
+    flb = IommuRecord((domain,), (DeviceRecord(0, 8, 0, 0x20, 0, "legacy"),), (hw,)).write(ram, alloc)
+    runs = np.array(preserved, np.uint64).T
+    fdt_pa = write_handover(
+        ram,
+        alloc,
+        sessions=[
+            SessionOut(
+                "vm",
+                [
+                    FileOut("memfd-v2", memfd, 1),
+                    FileOut(IommufdRecord.COMPATIBLE, iommufd, 7),
+                    FileOut(VfioRecord.COMPATIBLE, vfio, 8),
+                ],
+            )
+        ],
+        flbs=[FlbOut(IommuRecord.COMPATIBLE, flb, 2)],
+        preserved=PreservedTree.of_ranges(runs[0], runs[1]).union(
+            PreservedTree.of(np.concatenate((frames, array(table >> 12, context >> 12))))
+        ),
+        liveupdate_num=4,
+        previous_release="7.3.4-iokeep",
+        kexec_count=4,
+    )
+    source = tmp_path / "soft"
+    source.mkdir()
+    (source / "meta.json").write_text(
+        json.dumps({"schema": "iokeep.capture-v1", "kho_fdt_pa": f"{fdt_pa:#x}"})
+    )
+    pas = np.arange(0x1000, end[0], 4096, dtype=np.uint64)
+    np.savez(source / "tables.npz", pa=pas, data=ram.rows(4096).data[1 : 1 + len(pas)])
+    return str(source)
+
+
+def test_our_records_in_text_and_json(soft_capture, capsys):
+    assert main(["handover", "show", soft_capture]) == 0
+    out = capsys.readouterr().out
+    for want in (
+        "0x7  iokeep-iommufd-v1  1 HWPT, 1 IOAS, 1 area",
+        "0x8  iokeep-vfio-pci-v1  0000:00:04.0, iommufd token 0x7",
+        "domain 0: vtdss, root at 0x7000000, domain id 2, 1 table page, 8 KiB in 1 extent",
+        "device 0000:00:04.0: domain 0, legacy, token 0x8",
+        "IOMMU at 0xfed90000: legacy, root table 0x7001000, 1 structure page",
+        "no problems",
+    ):
+        assert want in out
+    assert main(["handover", "show", soft_capture, "-j"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [f["kind"] for f in document["sessions"][0]["files"]] == ["memfd", "iommufd", "vfio-pci"]
+    assert [f["size"] for f in document["sessions"][0]["files"]] == [0x2000, None, None]
+    assert document["iommu"]["domains"][0]["root_pa"] == "0x7000000"
+    assert document["iommu"]["devices"][0]["bdf"] == "0000:00:04.0"
+    assert document["liveupdate_num"] == 4
+
+
+@pytest.mark.parametrize(
+    ("kernel", "code"), [("soft-7.3", 0), ("soft-7.4", 0), ("soft-7.2", 1), ("linux-7.3", 1)]
+)
+def test_which_kernel_takes_our_records(soft_capture, kernel, code, capsys):
+    assert main(["handover", "check", soft_capture, "--to", kernel, "-j"]) == code
+    problems = json.loads(capsys.readouterr().out)["problems"]
+    assert len(problems) == (3 if code else 0)  # two files, one FLB
+    assert all("iokeep-" in p and kernel in p for p in problems)

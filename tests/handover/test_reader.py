@@ -4,6 +4,7 @@
 import ctypes
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,17 @@ import pytest
 import iokeep
 from iokeep.errors import InputError, MemoryAbsent
 from iokeep.handover import abi
-from iokeep.handover.check import LINUX_7_3, Profile, check, notes
-from iokeep.handover.iommu import IommufdRecord, IommuRecord, VfioRecord
+from iokeep.handover.check import LINUX_7_3, SOFT_7_3, Profile, check, notes
+from iokeep.handover.iommu import (
+    DeviceRecord,
+    DomainRecord,
+    HwptRecord,
+    IoasRecord,
+    IommufdRecord,
+    IommuHwRecord,
+    IommuRecord,
+    VfioRecord,
+)
 from iokeep.handover.metadata import ReservedMem, Scratch, read_scratch
 from iokeep.handover.radix import PreservedTree
 from iokeep.handover.reader import read_handover
@@ -299,18 +309,56 @@ def test_no_fdt_is_an_error(world):
 # -- iokeep's own records -------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def ours(box):
-    iommufd = IommufdRecord((), ()).write(box, box.alloc)
-    vfio = VfioRecord(0, 0x20, 0, 7).write(box, box.alloc)
-    flb = IommuRecord((), (), ()).write(box, box.alloc)
-    files = [FileOut(IommufdRecord.COMPATIBLE, iommufd, 7), FileOut(VfioRecord.COMPATIBLE, vfio, 8)]
+def array(*values, dtype=np.uint64):
+    return np.array(values, dtype)
+
+
+RAM = 1 << 24
+TABLE, CONTEXT = 0x7000000, 0x7001000
+
+
+def areas(token=1, offset=0, length=0x2000):
+    one = np.uint8
+    return IoasRecord(
+        3,
+        array(0x10000),
+        array(0x10000 + length - 1),
+        array(token),
+        array(offset),
+        array(3, dtype=one),
+        array(0, dtype=one),
+    )
+
+
+def build_ours(
+    box, *, ioas=None, domain=0, device=0, iommufd_token=7, features=(), format="vtdss", also=True
+):
+    pfn = np.arange(2, dtype=np.uint64) + np.uint64(RAM)
+    ram = write_memfd(box, box.alloc, MemfdOut(0, 0x2000, 7, pfn, np.arange(2, dtype=np.uint64)))
+    iommufd = IommufdRecord((HwptRecord(5, domain, 3),), (ioas or areas(),)).write(box, box.alloc)
+    vfio = VfioRecord(0, 0x20, device, iommufd_token).write(box, box.alloc)
+    record = IommuRecord(
+        (
+            DomainRecord(
+                0, format, {"levels": 4}, features, TABLE, 2, 3, array(TABLE), bytes(32), bytes(16), 0x2000, 1
+            ),
+        ),
+        (DeviceRecord(0, 8, 0, 0x20, 0, "legacy"),),
+        (IommuHwRecord(0xFED90000, CONTEXT, "legacy", 0x10, array(CONTEXT)),),
+    )
+    flb = record.write(box, box.alloc)
+    files = [
+        FileOut("memfd-v2", ram, 1),
+        FileOut(IommufdRecord.COMPATIBLE, iommufd, 7),
+        FileOut(VfioRecord.COMPATIBLE, vfio, 8),
+    ]
+    tables = PreservedTree.of(array(TABLE >> 12, CONTEXT >> 12) if also else array())
     fdt_pa = write_handover(
         box,
         box.alloc,
         sessions=[SessionOut("vm", files)],
         flbs=[FlbOut(IommuRecord.COMPATIBLE, flb, 2)],
-        preserved=box.tree(),
+        preserved=box.tree().union(PreservedTree.of(pfn)).union(tables),
         liveupdate_num=1,
         previous_release="soft",
         kexec_count=1,
@@ -318,15 +366,51 @@ def ours(box):
     return box, fdt_pa, (iommufd, vfio, flb)
 
 
+@pytest.fixture
+def ours(box):
+    return build_ours(box)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"domain": 1}, "HWPT 0x5 lacks domain 1 in the FLB"),
+        ({"device": 2}, "device 2 is not in the FLB"),
+        ({"iommufd_token": 1}, "token 0x1 is no iommufd of this session"),
+        ({"iommufd_token": 9}, "token 0x9 is no iommufd of this session"),
+        ({"ioas": areas(token=4)}, "area at iova 0x10000 maps token 0x4, no memfd"),
+        ({"ioas": areas(token=7)}, "area at iova 0x10000 maps token 0x7, no memfd"),
+        ({"ioas": areas(length=0x2001)}, "up to byte 0x2000, the file has 0x2000"),
+        ({"ioas": areas(offset=0x1000)}, "up to byte 0x2fff, the file has 0x2000"),
+        ({"features": ("force_snooping",)}, "does not know feature 'force_snooping'"),
+        ({"format": "amdv1"}, "was not tested with format 'amdv1'"),
+    ],
+)
+def test_records_that_do_not_fit_together(box, change, why):
+    got = read_handover(*build_ours(box, **change)[:2])
+    profile = replace(SOFT_7_3, formats={"vtdss": frozenset()})
+    (problem,) = check(got, profile)
+    assert why in problem
+
+
+def test_tables_that_are_not_preserved(box):
+    lines = check(read_handover(*build_ours(box, also=False)[:2]))
+    assert [
+        f"{pa:#x} is not preserved (1 of 1)" in line for pa, line in zip((TABLE, CONTEXT), lines, strict=True)
+    ]
+
+
 def test_our_records_are_decoded(ours):
     box, fdt_pa, _ = ours
     got = read_handover(box, fdt_pa)
     assert check(got) == []
-    assert [(f.kind, f.record) for f in got.sessions[0].files] == [
-        ("iommufd", IommufdRecord((), ())),
-        ("vfio-pci", VfioRecord(0, 0x20, 0, 7)),
-    ]
-    assert got.iommu == IommuRecord((), (), ())
+    ram, iommufd, vfio = got.sessions[0].files
+    assert (ram.kind, iommufd.kind, vfio.kind) == ("memfd", "iommufd", "vfio-pci")
+    assert iommufd.record == IommufdRecord((HwptRecord(5, 0, 3),), (areas(),))
+    assert vfio.record == VfioRecord(0, 0x20, 0, 7)
+    assert got.iommu.domains[0].root_pa == TABLE
+    assert got.iommu.devices[0].bdf == 0x20
+    assert got.iommu.iommus[0].root_table == CONTEXT
 
 
 def test_mainline_takes_none_of_our_files(ours):
@@ -341,7 +425,7 @@ def test_a_damaged_record_is_a_problem_not_a_guess(ours, which):
     box.write(pas[which] + 96, b"\xff")
     got = read_handover(box, fdt_pa)
     assert any("digest" in line and f"{pas[which]:#x}" in line for line in got.problems)
-    decoded = [*(f.record for f in got.sessions[0].files), got.iommu]
+    decoded = [*(f.record for f in got.sessions[0].files[1:]), got.iommu]
     assert [d is None for d in decoded] == [i == which for i in range(3)]
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from iokeep.errors import InputError, MemoryAbsent
 
 if TYPE_CHECKING:
+    from iokeep.handover.iommu import IommuRecord
     from iokeep.handover.luo import File
     from iokeep.handover.metadata import Scratch
     from iokeep.handover.reader import Handover
@@ -47,7 +48,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     _source(show)
     show.add_argument("--extents", action="store_true", help="list every extent of every file")
-    show.set_defaults(run=run_show)
+    show.set_defaults(run=run_show, schema=SHOW_SCHEMA)
     check = verbs.add_parser(
         "check",
         help="would that kernel take it?",
@@ -55,9 +56,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     _source(check)
     check.add_argument(
-        "--to", metavar="PROFILE", default="linux-7.3", help="linux-7.3 (default) or soft-7.3", dest="profile"
+        "--to",
+        metavar="PROFILE",
+        default="linux-7.3",
+        help="linux-7.3 (the default), or a kernel of the software host: soft-7.3, soft-7.4, ...",
+        dest="profile",
     )
-    check.set_defaults(run=run_check)
+    check.set_defaults(run=run_check, schema=CHECK_SCHEMA)
 
 
 def _source(parser: argparse.ArgumentParser) -> None:
@@ -82,7 +87,7 @@ def _load(source: Path) -> tuple[Memory, int, tuple[Scratch, ...] | None]:
             f"{source}: no such directory", "a SOURCE is a capture: a directory with meta.json and tables.npz"
         )
     meta = _read_meta(source / "meta.json")
-    memory: Any = PageMemory(*_read_tables(source / "tables.npz"))
+    memory = PageMemory(*_read_tables(source / "tables.npz"))
     if "kho_fdt_pa" not in meta:
         raise InputError(
             f"{source}: meta.json has no kho_fdt_pa",
@@ -135,6 +140,7 @@ def show_document(handover: Handover, scratch: tuple[Scratch, ...] | None) -> di
             {"name": r.name, "start": f"{r.start:#x}", "size": r.size} for r in handover.reserved_mem
         ],
         "scratch": None if scratch is None else [{"pa": f"{s.pa:#x}", "size": s.size} for s in scratch],
+        "iommu": _iommu(handover.iommu) if handover.iommu else None,
         "preserved": {
             "pages": handover.preserved.pages,
             "by_order": {str(order): n for order, n in handover.preserved.by_order.items()},
@@ -196,6 +202,8 @@ def show_text(body: dict[str, Any], handover: Handover, *, all_extents: bool) ->
         lines.append(f"session {_plain(session['name'])}: {_one_or_more(len(session['files']), 'file')}")
         for row, file in zip(session["files"], decoded.files, strict=True):
             lines += _file_text(row, file, size, all_extents)
+    if body["iommu"] is not None:
+        lines += _iommu_text(body["iommu"], size)
     for note in body["notes"]:
         lines.append(f"note: {note}")
     for problem in body["problems"]:
@@ -214,8 +222,7 @@ def _file_text(row: dict[str, Any], file: File, size: Any, all_extents: bool) ->
         return [f"{head}  {hwpts}, {len(file.record.ioases)} IOAS, {_one_or_more(areas, 'area')}"]
     if isinstance(file.record, VfioRecord):
         r = file.record
-        where = f"{r.segment:04x}:{r.bdf >> 8:02x}:{r.bdf >> 3 & 31:02x}.{r.bdf & 7}"
-        return [f"{head}  {where}, iommufd token {r.iommufd_token:#x}"]
+        return [f"{head}  {_bdf(r.segment, r.bdf)}, iommufd token {r.iommufd_token:#x}"]
     if file.memfd is None:
         return [f"{head}  data {row['data_pa']}, not decoded"]
     orders = ", ".join(f"{n} of order {o}" for o, n in sorted(_orders(file).items()))
@@ -239,6 +246,70 @@ def _orders(file: File) -> dict[int, int]:
     return out
 
 
+def _iommu(record: IommuRecord) -> dict[str, Any]:
+    return {
+        "domains": [
+            {
+                "index": d.index,
+                "format": d.format,
+                "config": dict(d.config),
+                "features": list(d.features),
+                "root_pa": f"{d.root_pa:#x}",
+                "domain_id": d.domain_id,
+                "top_level": d.top_level,
+                "table_pages": d.n_table_pages,
+                "mapped_bytes": d.mapped_bytes,
+                "extents": d.extents_count,
+                "digest": d.digest.hex(),
+            }
+            for d in record.domains
+        ],
+        "devices": [
+            {
+                "index": v.index,
+                "token": f"{v.token:#x}",
+                "bdf": _bdf(v.segment, v.bdf),
+                "domain_index": v.domain_index,
+                "mode": v.mode,
+            }
+            for v in record.devices
+        ],
+        "iommus": [
+            {
+                "register_base": f"{i.register_base:#x}",
+                "root_table": f"{i.root_table:#x}",
+                "mode": i.mode,
+                "version": f"{i.version:#x}",
+                "structure_pages": len(i.structure_pages),
+            }
+            for i in record.iommus
+        ],
+    }
+
+
+def _iommu_text(body: dict[str, Any], size: Any) -> list[str]:
+    lines = []
+    for d in body["domains"]:
+        lines.append(
+            f"domain {d['index']}: {_plain(d['format'])}, root at {d['root_pa']}, "
+            f"domain id {d['domain_id']}, {_one_or_more(d['table_pages'], 'table page')}, "
+            f"{size(d['mapped_bytes'])} in "
+            f"{_one_or_more(d['extents'], 'extent')}"
+        )
+    for v in body["devices"]:
+        lines.append(f"device {v['bdf']}: domain {v['domain_index']}, {v['mode']}, token {v['token']}")
+    for i in body["iommus"]:
+        lines.append(
+            f"IOMMU at {i['register_base']}: {i['mode']}, root table {i['root_table']}, "
+            f"{_one_or_more(i['structure_pages'], 'structure page')}"
+        )
+    return lines
+
+
+def _bdf(segment: int, bdf: int) -> str:
+    return f"{segment:04x}:{bdf >> 8:02x}:{bdf >> 3 & 31:02x}.{bdf & 7}"
+
+
 def run_show(args: argparse.Namespace) -> int:
     """``iokeep handover show SOURCE``: 0, or 1 where there are problems."""
     from iokeep.handover.reader import read_handover
@@ -256,14 +327,19 @@ def run_show(args: argparse.Namespace) -> int:
 
 def run_check(args: argparse.Namespace) -> int:
     """``iokeep handover check SOURCE --to PROFILE``: 0, or 1 where there are problems."""
-    from iokeep.errors import UsageError
-    from iokeep.handover.check import PROFILES, check
+    from iokeep.handover.check import Profile, check
     from iokeep.handover.reader import read_handover
     from iokeep.report.json import document
+    from iokeep.soft.kernel.profiles import profile_of
 
-    profile = PROFILES.get(args.profile)
-    if profile is None:
-        raise UsageError(f"no profile {args.profile!r}", f"there are: {', '.join(PROFILES)}")
+    kernel = profile_of(args.profile)
+    known = frozenset(kernel.reads)
+    profile = Profile(
+        kernel.name,
+        files=known,
+        flbs=known,
+        formats=kernel.formats if kernel.liveupdate else None,
+    )
     memory, fdt_pa, scratch = _load(args.source)
     problems = check(read_handover(memory, fdt_pa), profile, scratch or ())
     if args.json:

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import numpy as np
 
-from iokeep.handover.abi import PAGE_SHIFT
-from iokeep.handover.iommu import IommufdRecord, IommuRecord, VfioRecord
-from iokeep.handover.luo import EIO, PANIC
+from iokeep.handover.abi import PAGE_SHIFT, PAGE_SIZE
+from iokeep.handover.iommu import IoasRecord, IommufdRecord, IommuRecord, VfioRecord
+from iokeep.handover.luo import EIO, PANIC, File
 from iokeep.handover.metadata import Scratch
 from iokeep.handover.reader import Handover
 from iokeep.mem.memory import U64
@@ -35,6 +34,7 @@ class Profile:
     """What one kernel can take over: the exact strings that it knows.
 
     ``files``: LUO file handlers. ``flbs``: FLBs; one that is in use and not known is never released.
+    ``formats``: table formats that it is tested to adopt -> the features that it knows; None = not checked.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Profile:
     luo: str = strings.LUO_ABI_COMPATIBLE
     files: frozenset[str] = frozenset({strings.MEMFD_LUO_FH_COMPATIBLE})
     flbs: frozenset[str] = frozenset()
+    formats: Mapping[str, frozenset[str]] | None = None
 
 
 LINUX_7_3 = Profile("linux-7.3")
@@ -50,15 +51,12 @@ SOFT_7_3 = Profile(
     files=LINUX_7_3.files | {IommufdRecord.COMPATIBLE, VfioRecord.COMPATIBLE},
     flbs=frozenset({IommuRecord.COMPATIBLE}),
 )
-#: every profile that ``iokeep handover check --to`` knows
-PROFILES: Mapping[str, Profile] = MappingProxyType({p.name: p for p in (LINUX_7_3, SOFT_7_3)})
 
 
 def check(handover: Handover, supported: Profile = SOFT_7_3, scratch: tuple[Scratch, ...] = ()) -> list[str]:
     """One line per thing that would break the next kernel, the reader's own findings first.
 
-    :param scratch: the scratch areas, where known: nothing preserved may lie in one, the next kernel boots
-        there.
+    :param scratch: the scratch areas, where known; the next kernel boots there.
     """
 
     problems = list(handover.problems)
@@ -83,9 +81,74 @@ def check(handover: Handover, supported: Profile = SOFT_7_3, scratch: tuple[Scra
         ours = flb.name.startswith("iokeep-")
         if ours and flb.count and flb.name not in supported.flbs:
             problems.append(f"FLB {flb.name!r} is in use, {supported.name} does not know it")
+    problems += _records(handover, supported)
     problems += _tree(handover, scratch)
     problems += _owners(handover)
     return problems
+
+
+def _records(handover: Handover, supported: Profile) -> list[str]:
+    """iokeep's records refer to each other, to files of their session, and to preserved pages."""
+    out: list[str] = []
+    iommu = handover.iommu
+    domains = {d.index: d for d in iommu.domains} if iommu else {}
+    devices = {d.index for d in iommu.devices} if iommu else set()
+    for session in handover.sessions:
+        tokens = {f.token: f for f in session.files}
+        for file in session.files:
+            what = f"session {session.name!r} token {file.token:#x}"
+            if isinstance(file.record, IommufdRecord):
+                for hwpt in file.record.hwpts:
+                    if hwpt.domain_index not in domains:
+                        out.append(
+                            f"{what}: HWPT {hwpt.token:#x} lacks domain {hwpt.domain_index} in the FLB"
+                        )
+                for ioas in file.record.ioases:
+                    out += _areas(ioas, tokens, what)
+            if isinstance(file.record, VfioRecord):
+                if file.record.device_index not in devices:
+                    out.append(f"{what}: device {file.record.device_index} is not in the FLB")
+                other = tokens.get(file.record.iommufd_token)
+                if other is None or other.kind != "iommufd":
+                    out.append(f"{what}: token {file.record.iommufd_token:#x} is no iommufd of this session")
+    if iommu is None:
+        return out
+    lists = [(f"domain {d.index} table page", d.table_pages) for d in iommu.domains]
+    lists += [(f"IOMMU {i.register_base:#x} structure page", i.structure_pages) for i in iommu.iommus]
+    for what, pages in lists:
+        lost = pages[~handover.preserved.contains(pages >> np.uint64(PAGE_SHIFT))]
+        if len(lost):
+            out.append(
+                f"{what} at pa {int(lost[0]):#x} is not preserved ({len(lost)} of {len(pages)}): devices "
+                "would translate through memory of others"
+            )
+    for domain in iommu.domains:
+        if supported.formats is not None and domain.format not in supported.formats:
+            out.append(
+                f"domain {domain.index}: {supported.name} was not tested with format {domain.format!r}"
+            )
+        elif supported.formats is not None:
+            for feature in sorted(set(domain.features) - supported.formats[domain.format]):
+                out.append(f"domain {domain.index}: {supported.name} does not know feature {feature!r}")
+    return out
+
+
+def _areas(ioas: IoasRecord, tokens: Mapping[int, File], what: str) -> list[str]:
+    """Areas need the memfd that they map, and all of it that they map."""
+    out: list[str] = []
+    for token in np.unique(ioas.file_token).tolist():
+        mine = ioas.file_token == np.uint64(token)
+        end = int((ioas.offset[mine] + (ioas.last[mine] - ioas.iova[mine])).max())
+        file = tokens.get(token)
+        if file is None or file.memfd is None:
+            first = int(ioas.iova[mine][0])
+            out.append(f"{what}: area at iova {first:#x} maps token {token:#x}, no memfd of this session")
+        elif end >= file.memfd.pages * PAGE_SIZE:
+            out.append(
+                f"{what}: an area maps token {token:#x} up to byte {end:#x}, the file has "
+                f"{file.memfd.size:#x}"
+            )
+    return out
 
 
 def _tree(handover: Handover, scratch: tuple[Scratch, ...]) -> list[str]:
