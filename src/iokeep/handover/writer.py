@@ -3,8 +3,7 @@
 
 Memory comes from the caller's ``alloc(npages: int, preserved: bool) -> pa``
 (:data:`iokeep.handover.abi.Alloc`): ``npages`` contiguous frames, zeroed. ``preserved`` is what Linux does
-with that page, read off the captures of a real
-7.3.4 (``tests/data/kho``):
+with that page, read off the captures of a real 7.3.4 (``tests/data/kho``) and tested against them:
 
 * preserved (True), each an order-0 block: the FDT page, the kexec-metadata page, the LUO page, the FLB
   page, every session and file block, every ``memfd_luo_ser`` page, every vmalloc chunk and every page of
@@ -13,8 +12,8 @@ with that page, read off the captures of a real
 
 :func:`write_handover` itself adds the frames that it allocates with ``preserved=True`` to the tree that it
 writes. The caller's ``preserved`` tree holds everything else: memfd folios with their orders, what
-:func:`write_memfd` and
-:func:`iokeep.handover.records.write_record` allocated before, table pages, IOMMU structures.
+:func:`write_memfd` and :func:`iokeep.handover.records.write_record` allocated before, table pages, IOMMU
+structures.
 """
 
 from __future__ import annotations
