@@ -120,14 +120,17 @@ class SoftHost:
         :raises HostError: a process ended early or is not ready in time; everything is stopped then.
         """
         say = progress or (lambda text: None)
-        warm_up(say)
         host = cls(Platform.create(ram_bytes, n_devices), Path(tempfile.mkdtemp(prefix="iokeep-host-")))
         atexit.register(host.stop)
         try:
             say(f"starting {n_devices} devices and kernel {profile}")
-            for index in range(n_devices):
-                host._start_device(index)
             host._start_kernel(profile, params)
+            host._start_device(0)
+            if not engine_is_compiled():
+                say("compiling the DMA engine (once per machine, some seconds)")
+                host._wait_devices()
+            for index in range(1, n_devices):
+                host._start_device(index)
             host._wait_devices()
             host._wait_kernel()
         except BaseException:
@@ -294,14 +297,13 @@ class SoftHost:
         self.stop()
 
 
-def warm_up(say: Callable[[str], None]) -> None:
-    """Compile the DMA engine into Numba's cache, once, before several devices would all do it at the
-    same time.
-    """
+def engine_is_compiled() -> bool:
+    """Numba's cache has the DMA engine, newer than its source; devices then start in parallel at once."""
     if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
-        return
-    from iokeep.soft.hardware import warm
-
-    if not warm.is_warm():
-        say("compiling the DMA engine (once per machine, some seconds)")
-        warm.run()
+        return True
+    source = Path(bar.__file__).with_name("engine.py")
+    places = [source.parent / "__pycache__"]
+    if cache := os.environ.get("NUMBA_CACHE_DIR"):
+        places = [Path(cache)]
+    newest = max((f.stat().st_mtime for p in places for f in p.rglob("engine.burst-*.nbi")), default=0.0)
+    return newest > source.stat().st_mtime

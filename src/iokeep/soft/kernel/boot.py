@@ -17,6 +17,7 @@ import errno
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -489,8 +490,15 @@ class Carrier:
         self._freeze = None
 
 
-def install(kernel: Kernel) -> Carrier:
+_CARRIERS: WeakKeyDictionary[Kernel, Carrier] = WeakKeyDictionary()
+
+
+def install(kernel: Kernel) -> None:
     """Build live update into a kernel that has not booted."""
-    carrier = Carrier(kernel)
+    carrier = _CARRIERS[kernel] = Carrier(kernel)
     carrier.install()
-    return carrier
+
+
+def carrier_of(kernel: Kernel) -> Carrier:
+    """The live-update half of a kernel. :raises KeyError: it has none."""
+    return _CARRIERS[kernel]

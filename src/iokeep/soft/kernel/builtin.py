@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 
 def install(kernel: Kernel) -> None:
     """Register everything; to be called once, before boot."""
+    from iokeep.soft.kernel import boot
+
     kernel.device_nodes["/dev/iommu"] = open_iommu
     kernel.boot_hooks.append(_vfio_nodes)
+    boot.install(kernel)
 
 
 def _vfio_nodes(kernel: Kernel) -> None:

@@ -40,8 +40,8 @@ class FileHandler:
     :cvar flb: names of the file-lifecycle-bound objects that live while a file of this kind is preserved.
     """
 
-    compatible = ""
-    flb: tuple[str, ...] = ()
+    compatible: str
+    flb: tuple[str, ...]
 
     def can_preserve(self, file: File) -> bool:
         """True where this handler is the one for ``file``; the first that says so is taken."""

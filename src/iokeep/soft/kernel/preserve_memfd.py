@@ -102,6 +102,7 @@ class MemfdHandler(FileHandler):
     held: list[PreservedMemfd] = field(default_factory=list)
 
     compatible = MEMFD_LUO_FH_COMPATIBLE
+    flb = ()
 
     def can_preserve(self, file: File) -> bool:
         """A shmem file that no directory names."""
