@@ -64,6 +64,7 @@ class FrontEnd:
         self.tlb = np.zeros((4, engine.TLB_ENTRIES), np.uint64)
         self.busy = threading.RLock()
         self._queue = platform.iommu.queue
+        self._behind = False  # IQH_REG is still to be moved after descriptors consumed here
         platform.iommu.local_front_ends[index] = self.service
         self._queue.leave(index)  # a dead predecessor may have left it online
 
@@ -134,6 +135,8 @@ class FrontEnd:
             tail = int(self.bank[registers.DMAR_IQT_REG >> 3])
             head = int(page[FE_HEAD])
             if head == tail or not int(epoch) & 1 or page[FE_IQE]:
+                if self._behind:
+                    self._behind = not queue.try_complete()
                 return 0
             size, step, done = queue.size, queue.step, 0
             while head != tail:
@@ -146,7 +149,7 @@ class FrontEnd:
                 done += 1
             page[FE_INVALIDATIONS] += np.uint64(done)
             page[FE_HEAD] = np.uint64(head)
-            queue.complete()
+            self._behind = not queue.try_complete()
             return done
 
     def invalidate(self, item: vtd.Invalidation) -> None:

@@ -12,6 +12,7 @@ hidden registers, see ``FE_*``.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import threading
@@ -136,13 +137,38 @@ class HardwareLock:
         with _process_lock:
             if self._depth == 0:
                 fcntl.lockf(self._fd, fcntl.LOCK_EX, 1, 0, os.SEEK_SET)
-            self._depth += 1
-            try:
+            with self._entered():
                 yield
-            finally:
-                self._depth -= 1
-                if self._depth == 0:
-                    fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, 0, os.SEEK_SET)
+
+    @contextmanager
+    def tried(self) -> Iterator[bool]:
+        """Hold the lock if nobody else does; the value says whether."""
+        if not _process_lock.acquire(blocking=False):
+            yield False
+            return
+        try:
+            if self._depth == 0:
+                try:
+                    fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0, os.SEEK_SET)
+                except OSError as e:
+                    if e.errno not in (errno.EACCES, errno.EAGAIN):
+                        raise
+                    yield False
+                    return
+            with self._entered():
+                yield True
+        finally:
+            _process_lock.release()
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if self._depth == 0:
+                fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, 0, os.SEEK_SET)
 
 
 class Queue:
@@ -216,6 +242,16 @@ class Queue:
                 at = (at + step) % size
                 left -= step
                 self._bank[DMAR_IQH_REG >> 3] = np.uint64(at)
+
+    def try_complete(self) -> bool:
+        """:meth:`complete`, unless somebody else holds the lock; False: call again later.
+
+        A device must not stop because the process of a kernel was descheduled with the lock held.
+        """
+        with self._lock.tried() as held:
+            if held:
+                self.complete()
+            return held
 
     def enter(self, index: int) -> None:
         """A front-end with empty caches goes online: what is in the queue so far does not concern it."""
