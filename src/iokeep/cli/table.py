@@ -372,9 +372,8 @@ def _verify(args: argparse.Namespace) -> int:
             args, {"source": str(args.source), "against": str(path), **_described(fmt), **_verdict(v)}
         )
     elif v.equal:
-        print(
-            f"equal: {v.pages} pages ({_size(v.pages << 12)}) proved, {_size(v.table_bytes)} of {fmt.name} tables"
-        )
+        size = _size(v.table_bytes)
+        print(f"equal: {v.pages} pages ({_size(v.pages << 12)}) proved, {size} of {fmt.name} tables")
     else:
         print(f"different: {v.total} ranges; {v.pages} pages ({_size(v.pages << 12)}) hold")
         _print_mismatches(v)
@@ -403,9 +402,7 @@ def _diff(args: argparse.Namespace) -> int:
         if v.equal:
             print(f"translations equal: {v.pages} pages ({_size(v.pages << 12)})")
         else:
-            print(
-                f"translations differ: {v.total} ranges; {v.pages} pages ({_size(v.pages << 12)}) are the same"
-            )
+            print(f"translations differ: {v.total} ranges; {v.pages} pages ({_size(v.pages << 12)}) hold")
             _print_mismatches(v)
         if v.layout_equal is not None:
             print("layout equal" if v.layout_equal else f"layout differs: {v.layout_total} ranges")

@@ -128,7 +128,7 @@ class _Ranges:
         return _Ranges(*(c[chosen] for c in self.columns()))  # type: ignore[arg-type]
 
 
-def _find(starts: U64, lasts: U64, points: U64) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+def find(starts: U64, lasts: U64, points: U64) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
     """For each point the range that holds it, and whether one does."""
     if not len(starts):
         return np.zeros(len(points), np.intp), np.zeros(len(points), np.bool_)
@@ -156,10 +156,10 @@ def _judge(
     cuts = np.unique(cuts)
     cuts = cuts[(cuts >= np.uint64(start)) & (cuts <= np.uint64(last))]
     ends = np.concatenate((cuts[1:] - _ONE, np.array([last], np.uint64)))
-    ei, has_e = _find(e.iova, e.last, cuts)
-    fi, has_f = _find(f.iova, f.last, cuts)
-    oi, has_o = _find(opaque.iova, opaque.last, cuts)
-    ai, has_a = _find(attrs.iova, attrs.last, cuts)
+    ei, has_e = find(e.iova, e.last, cuts)
+    fi, has_f = find(f.iova, f.last, cuts)
+    oi, has_o = find(opaque.iova, opaque.last, cuts)
+    ai, has_a = find(attrs.iova, attrs.last, cuts)
     e_pa = np.where(has_e, _at(e.pa, ei, has_e) + (cuts - _at(e.iova, ei, has_e)), 0).astype(np.uint64)
     f_pa = np.where(has_f, _at(f.pa, fi, has_f) + (cuts - _at(f.iova, fi, has_f)), 0).astype(np.uint64)
     e_prot = _at(e.prot, ei, has_e).astype(np.uint8)
@@ -172,7 +172,7 @@ def _judge(
     reason[has_e & ~has_f] = MISSING
     reason[has_f & ~has_e] = EXTRA
     reason = np.where(has_o, _at(opaque.reason, oi, has_o), reason).astype(np.uint8)
-    reason[_find(*proved, cuts)[1]] = 0
+    reason[find(*proved, cuts)[1]] = 0
     level = np.where(has_f, _at(f.level, fi, has_f), np.uint8(_NO_LEVEL))
     level = np.where((reason == ATTRS) & has_a, _at(attrs.level, ai, has_a), level)
     level = np.where(has_o, _at(opaque.level, oi, has_o), level).astype(np.uint8)

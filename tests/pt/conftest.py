@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables in software RAM, and captures of real kernels."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from iokeep.mem.capture import Capture
+from iokeep.mem.ram import Ram
+from iokeep.pt.build import Table
+from iokeep.pt.extents import Extents
+from iokeep.pt.registry import open_format
+
+DATA = Path(__file__).parents[1] / "data" / "captures"
+
+
+@dataclass
+class Built:
+    """A table, its memory, and what was allocated and freed."""
+
+    fmt: object
+    ram: Ram
+    table: Table
+    given: list = field(default_factory=list)
+    freed: list = field(default_factory=list)
+
+    @property
+    def args(self):
+        return self.fmt, self.ram, self.table.root_pa
+
+
+def build_table(fmt, size=4 << 20, seed=None):
+    """An empty table in RAM of ``size`` bytes; table pages in order, or shuffled by ``seed``."""
+    ram = Ram.of(size)
+    free_pas = np.arange(4096, size, 4096, dtype=np.uint64)
+    if seed is not None:
+        np.random.default_rng(seed).shuffle(free_pas)
+    stock = free_pas.tolist()
+    given, freed = [], []
+
+    def alloc(n):
+        pas, stock[:n] = stock[:n], []
+        assert len(pas) == n, "the test's RAM is too small"
+        for pa in pas:
+            ram.write(pa, bytes(4096))
+        given.extend(pas)
+        return np.array(pas, np.uint64)
+
+    def free(pas):
+        freed.extend(pas.tolist())
+        stock.extend(pas.tolist())
+        for pa in pas.tolist():
+            ram.write(pa, b"\xa5" * 4096)  # poison: nobody may look there again
+
+    return Built(fmt, ram, Table.create(fmt, ram, alloc, free), given, freed)
+
+
+FORMATS = [
+    open_format("vtdss", {"levels": 3}),
+    open_format("vtdss", {"levels": 4}),
+    open_format("vtdss", {"levels": 5}),
+    open_format("x86_64", {"levels": 4}),
+    open_format("x86_64", {"levels": 5}),
+    open_format("x86_64", {"levels": 4, "sign_extend": 0}),
+    open_format("vtdss", {"levels": 4, "output_bits": 46, "max_leaf_lg2": 21, "snoop": 1}),
+    open_format("x86_64", {"levels": 4, "output_bits": 39, "max_leaf_lg2": 12}),
+]
+
+
+def format_id(fmt):
+    return f"{fmt.name}-{'-'.join(str(v) for v in fmt.config.values())}"
+
+
+@pytest.fixture(params=FORMATS, ids=format_id, scope="session")
+def fmt(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def formats():
+    return FORMATS
+
+
+@pytest.fixture(scope="session")
+def new_table():
+    return build_table
+
+
+def _capture_paths():
+    paths = {p.name: p for p in sorted(DATA.iterdir()) if p.is_dir()}
+    more = os.environ.get("IOKEEP_CAPTURES")
+    if more:
+        for path in sorted(Path(more).iterdir()):
+            if path.name.startswith(("vtd-", "luo-")) and (path / "truth.tsv").is_file():
+                paths.setdefault(path.name, path)
+    return paths
+
+
+CAPTURES = _capture_paths()
+
+
+@pytest.fixture(params=CAPTURES.values(), ids=CAPTURES.keys(), scope="session")
+def capture(request):
+    return Capture.load(request.param)
+
+
+@pytest.fixture(scope="session")
+def load_capture():
+    """name -> (fmt, memory, root_pa, truth)."""
+
+    def load(name):
+        capture = Capture.load(DATA / name)
+        fmt = open_format(capture.format, capture.config)
+        return fmt, capture.memory, capture.root_pa, Extents(*capture.truth())
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def page_dict():
+    """Extents -> {iova of page: (pa, prot)}."""
+
+    def pages(extents):
+        out = {}
+        columns = (extents.iova.tolist(), extents.last.tolist(), extents.pa.tolist(), extents.prot.tolist())
+        for a, z, p, q in zip(*columns, strict=True):
+            for offset in range(0, z - a + 1, 4096):
+                out[a + offset] = (p + offset, q)
+        return out
+
+    return pages
