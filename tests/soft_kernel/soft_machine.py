@@ -67,7 +67,9 @@ class Caller:
         self.process: Process = kernel.spawn(self.user, privileged=privileged)
         self.next_hva = 0x1000_0000_0000
 
-    def call(self, call: Call, fd: int = -1, args: tuple[int, ...] = (), payload: bytes = b"") -> tuple[int, bytes]:
+    def call(
+        self, call: Call, fd: int = -1, args: tuple[int, ...] = (), payload: bytes = b""
+    ) -> tuple[int, bytes]:
         args = tuple(a & (2**64 - 1) for a in args)
         result = self.kernel.syscall(self.process, Request(call, fd, args, payload))
         return result.value, result.payload
@@ -238,7 +240,9 @@ def settled(kernel: Kernel) -> None:
     kernel.shutdown()
     audit = kernel.audit()
     assert (audit.leaked, audit.wrongly_freed, audit.bad_unpins, audit.bad_puts) == (0, 0, 0, 0), audit
-    assert audit.by_kind.get("memfd", 0) == audit.by_kind.get("anon", 0) == audit.by_kind.get("pgtable", 0) == 0
+    assert (
+        audit.by_kind.get("memfd", 0) == audit.by_kind.get("anon", 0) == audit.by_kind.get("pgtable", 0) == 0
+    )
     assert kernel.files == {}
     assert kernel.warnings == 0, kernel.klog.text()
 
