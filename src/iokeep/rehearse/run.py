@@ -638,16 +638,15 @@ class _Rehearsal:
         o, s, result = self.options, self.scenario, self.result
         platform = self.host.platform
         steps, total = measure.dma_of(platform)
-        timeline, exact = [], {name: ns for name, _, ns in result.get("steps", [])}
+        timeline = []
         for lap in self.clock.laps:
             number = KILL_STEPS.index(lap.name)
             stats = steps[number]
-            ns = exact.get(lap.name, lap.ns) if not self.killed else lap.ns
             timeline.append(
                 {
                     "step": lap.name,
                     "start_ms": round((lap.start - self.started) / 1e6, 3),
-                    "ms": round(ns / 1e6, 3),
+                    "ms": round(lap.ns / 1e6, 3),
                     "transactions": stats.transactions,
                     "max_gap_us": round(stats.max_gap_ns / 1e3, 1),
                     "max_gap_on_cpu_us": round(stats.max_gap_on_cpu_ns / 1e3, 1),
@@ -731,6 +730,7 @@ class _Rehearsal:
                 ],
                 "total_mismatches": result.get("total_mismatches", 0),
                 "layout_differences": result.get("layout_differences", 0),
+                "steps_ms": {name: round(ns / 1e6, 3) for name, _, ns in result.get("steps", [])},
                 "resumed": result.get("resumed", ""),
                 "journal": result.get("journal", []),
             },
