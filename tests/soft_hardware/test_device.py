@@ -25,7 +25,7 @@ def started(machine):
     def start(m, index=0):
         argv, fds = device.spawn_arguments(m.platform, index)
         processes.append(subprocess.Popen(argv, pass_fds=fds))
-        until(lambda: bar.read_status(m.platform.bars[index]).state == bar.STATE_QUIESCED, 60)
+        bar.wait_ready(m.platform.bars[index])
         return processes[-1]
 
     yield start

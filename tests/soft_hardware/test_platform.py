@@ -152,6 +152,8 @@ def test_bar_power_on_and_codecs():
         with pytest.raises(ValueError, match="31"):
             bar.set_step(w, 32)
         with pytest.raises(TimeoutError, match="off"):
+            bar.wait_ready(w, timeout=0.01)
+        with pytest.raises(TimeoutError, match="off"):
             bar.enable(w, timeout=0.01)
         with pytest.raises(TimeoutError, match="last range table"):
             bar.write_ranges(w, rows, timeout=0.01)

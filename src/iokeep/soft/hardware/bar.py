@@ -299,6 +299,18 @@ def wait_register(window: Window, offset: int, value: int, timeout: float, what:
         time.sleep(0.0002)
 
 
+def wait_ready(window: Window, *, timeout: float = 60.0) -> None:
+    """Wait until the device's process takes orders; its first start ever compiles for some seconds.
+
+    :raises TimeoutError: it does not, or it has ended.
+    """
+    end = time.monotonic() + timeout
+    while (state := read_register(window, STATE)) not in (STATE_QUIESCED, STATE_RUNNING):
+        if time.monotonic() > end:
+            raise TimeoutError(f"device: {STATE_TEXT.get(state, state)} after {timeout} s")
+        time.sleep(0.002)
+
+
 def enable(window: Window, on: bool = True, *, timeout: float = 10.0) -> None:
     """Start the device, or quiesce it; returns when it has done so. ``timeout`` 0 does not wait."""
     write_register(window, ENABLE, int(on))

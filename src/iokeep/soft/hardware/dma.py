@@ -25,6 +25,8 @@ BURST_NS = 40_000
 MIN_BURST, MAX_BURST = 16, 4096
 #: gaps longer than this (ns) are compared with the time spent waiting for a CPU
 LONG_GAP_NS = 200_000
+#: the statistics are read within this time (ns), unless the CPU was lost meanwhile
+_SAMPLE_NS = 50_000
 _IDLE_S = 0.0005
 _MAX_PAGES = 1 << 32
 #: probes of ranges that must fault take at most one transaction in PROBE_SHARE, where there are others
@@ -247,6 +249,10 @@ class DmaEngine:
         if not self.dma[e.D_DONE]:
             return  # nothing was completed: the gap goes on
         delay = self._delay.read()
+        late = time.perf_counter_ns() - end
+        if late > _SAMPLE_NS:
+            # The CPU was lost between the end of the burst and this look: that wait belongs to the next gap.
+            delay = max(self._last_delay, delay - late)
         if self._last_end:
             gap = max(0, end - self._last_end - self._planned)
             if gap > int(row[bar.MAX_GAP_NS]):
