@@ -18,12 +18,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # include/uapi/linux/reboot.h
-_LINUX_REBOOT_MAGIC1 = 0xFEE1DEAD
-_LINUX_REBOOT_MAGIC2 = 672274793
 _LINUX_REBOOT_CMD_KEXEC = 0x45584543
-# arch-independent numbers of include/uapi/asm-generic/unistd.h that Python 3.11 has no wrapper for
+# include/uapi/asm-generic/unistd.h; Python 3.11 has no wrapper
 _NR_PIDFD_GETFD = 438
-_NR_REBOOT = {"x86_64": 169, "aarch64": 142, "riscv64": 142, "s390x": 88}
 
 
 class KernelMapping:
@@ -223,16 +220,6 @@ class KernelTransport:
 
     def reboot_kexec(self) -> None:
         """Jump into the loaded kernel now, with no shutdown of user space; needs CAP_SYS_BOOT."""
-        machine = os.uname().machine
-        if machine not in _NR_REBOOT:
-            raise OSError(errno.ENOSYS, f"{os.strerror(errno.ENOSYS)}: reboot(2) on {machine}")
         os.sync()
-        done = self._libc.syscall(
-            ctypes.c_long(_NR_REBOOT[machine]),
-            ctypes.c_long(_LINUX_REBOOT_MAGIC1),
-            ctypes.c_long(_LINUX_REBOOT_MAGIC2),
-            ctypes.c_long(_LINUX_REBOOT_CMD_KEXEC),
-            ctypes.c_long(0),
-        )
-        if done < 0:
+        if self._libc.reboot(_LINUX_REBOOT_CMD_KEXEC) < 0:
             raise self._failed("reboot(LINUX_REBOOT_CMD_KEXEC)")
