@@ -63,7 +63,7 @@ AFTER_SECONDS = 10.0
 #: seconds until a VMM that says nothing is taken for dead
 VMM_TIMEOUT = 240.0
 #: the version that version-skew makes the first kernel write
-SKEWED = "iokeep-iommu-v2"
+SKEWED = "iokeep-iommufd-v2"
 
 
 class RehearsalFailed(IokeepError):
@@ -364,7 +364,7 @@ class _Rehearsal:
             if "version-skew" in self.names:
                 params["records_version"] = SKEWED
         elif self.options.policy == "trust":
-            params["iommufd.unsafe_adopt"] = 1
+            params["unsafe_adopt"] = 1
         return params
 
     def _config(self, role: str) -> dict[str, Any]:
@@ -569,8 +569,8 @@ class _Rehearsal:
         self.custodian = _Custodian(self.host.transport())
         for name, what in (
             ("stale-root", "the record names a root that the hardware does not use"),
-            ("truncate-records", "the record of the IOMMU core is cut short"),
-            ("version-skew", f"the record of the IOMMU core says version {SKEWED}"),
+            ("truncate-records", "the record of the iommufd is cut short"),
+            ("version-skew", f"the record of the iommufd says version {SKEWED}"),
         ):
             if name in self.names:
                 self.injected.append(Injected(name, what))
