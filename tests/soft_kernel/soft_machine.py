@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A kernel in the test's own process: no sockets, no devices, and a caller whose memory is a dict of buffers."""
+"""A kernel in the test's own process: no sockets, no devices, a caller whose memory is a dict."""
 
 from __future__ import annotations
 
@@ -151,8 +151,8 @@ class Caller:
         self, fd: int, ioas: int, file: int, start: int, length: int, iova: int | None = None, prot: int = RW
     ) -> int:
         cmd = uapi.iommu_ioas_map_file(
-            size=40, flags=prot | (0 if iova is None else FIXED), ioas_id=ioas, fd=file, start=start, length=length,
-            iova=iova or 0,
+            size=40, flags=prot | (0 if iova is None else FIXED), ioas_id=ioas, fd=file, start=start,
+            length=length, iova=iova or 0,
         )  # fmt: skip
         self.ioctl(fd, uapi.IOMMU_IOAS_MAP_FILE, cmd)
         return cmd.iova
@@ -169,8 +169,8 @@ class Caller:
         self, fd: int, dst: int, src: int, src_iova: int, length: int, iova: int | None = None, prot: int = RW
     ) -> int:
         cmd = uapi.iommu_ioas_copy(
-            size=40, flags=prot | (0 if iova is None else FIXED), dst_ioas_id=dst, src_ioas_id=src, length=length,
-            dst_iova=iova or 0, src_iova=src_iova,
+            size=40, flags=prot | (0 if iova is None else FIXED), dst_ioas_id=dst, src_ioas_id=src,
+            length=length, dst_iova=iova or 0, src_iova=src_iova,
         )  # fmt: skip
         self.ioctl(fd, uapi.IOMMU_IOAS_COPY, cmd)
         return cmd.dst_iova

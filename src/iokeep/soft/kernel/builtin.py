@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is built into the kernel: registers the device nodes of iommufd and VFIO, and the live-update modules."""
+"""What is built into the kernel: device nodes of iommufd and VFIO, and the live-update modules."""
 
 from __future__ import annotations
 

@@ -193,6 +193,25 @@ class DebugFile(File):
         return _seek(self, offset, whence)
 
 
+class SysrqCrash(Exception):
+    """Somebody wrote "c" to /proc/sysrq-trigger."""
+
+
+class SysrqFile(File):
+    """/proc/sysrq-trigger, one command: "c" crashes the kernel (drivers/tty/sysrq.c, sysrq_handle_crash)."""
+
+    kind_name = "sysrq-trigger"
+
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__(kernel, "sysrq-trigger")
+
+    def pwrite(self, data: bytes, offset: int) -> int:
+        """Crash at "c". Other commands do nothing here."""
+        if data[:1] == b"c":
+            raise SysrqCrash("sysrq triggered crash")
+        return len(data)
+
+
 def _seek(file: File, offset: int, whence: int) -> int:
     if whence == os.SEEK_SET:
         at = offset
@@ -209,7 +228,8 @@ def _seek(file: File, offset: int, whence: int) -> int:
 
 
 class PageFile(File):
-    """Memory by page: frames are taken when a page is first touched, from the places that its placement chose.
+    """Memory by page: frames are taken when a page is first touched, from the places that its placement
+    chose.
 
     ``pfns`` int64[pages of the size, rounded up] holds the frame of each page, -1 = hole.
     """
@@ -333,7 +353,8 @@ class PageFile(File):
         self._size = size
 
     def adopt_pages(self, size: int, pages: I64, pfns: I64) -> None:
-        """Set size and pages of an empty file whose frames this file owns already (kind and tag set by the caller).
+        """Set size and pages of an empty file whose frames this file owns already (kind and tag set by the
+        caller).
 
         Used where a file comes over the kexec: ``pages`` int64[n] are page numbers, ``pfns`` their frames.
         """
@@ -381,7 +402,10 @@ class PageFile(File):
             ram[at : at + tail] = source[-tail:]
 
     def map_pages(self, offset: int, length: int, *, writable: bool) -> tuple[I64 | None, list[Backing]]:
-        """A mapping: every page is filled in now. :raises SysError: EFAULT past the end (SIGBUS later, in Linux)."""
+        """A mapping: every page is filled in now.
+
+        :raises SysError: EFAULT past the end (SIGBUS later, in Linux).
+        """
         pfns = self.fault(offset // FRAME_BYTES, (offset + length - 1) // FRAME_BYTES)
         self.kernel.frames.get(pfns)
         return pfns, backing_of(pfns)
@@ -563,7 +587,10 @@ class Memfd(PageFile):
         self.seals |= seals
 
     def map_pages(self, offset: int, length: int, *, writable: bool) -> tuple[I64 | None, list[Backing]]:
-        """A shared mapping. :raises SysError: EPERM where writes are sealed; EINVAL past the end of the file."""
+        """A shared mapping.
+
+        :raises SysError: EPERM where writes are sealed; EINVAL past the end of the file.
+        """
         if writable and self.seals & (F_SEAL_WRITE | F_SEAL_FUTURE_WRITE):
             raise SysError(errno.EPERM, f"{self.name}: sealed against writes")
         if offset + length > self.n_pages * FRAME_BYTES:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page allocator: who owns each 4 KiB frame, how often it is held and pinned, and what went wrong with it.
+"""The page allocator: who owns each 4 KiB frame, how often it is held and pinned, and what went wrong with
+it.
 
-A frame's ``ref`` is what the allocator believes; it is freed when ``ref`` reaches 0, whoever asked for it. A wrong
-unpin therefore does its damage for real, as in Linux: it drops a reference that somebody else took, and the
-frame can be freed under its owner. ``hold`` and ``pin`` count what was really taken, so that such frees can be counted.
+A frame's ``ref`` is what the allocator believes; it is freed when ``ref`` reaches 0, whoever asked for it. A
+wrong unpin therefore does its damage for real, as in Linux: it drops a reference that somebody else took, and
+the frame can be freed under its owner. ``hold`` and ``pin`` count what was really taken, so that such frees
+can be counted.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ FRAME_SHIFT = 12
 FRAME_BYTES = 1 << FRAME_SHIFT
 #: frames of a 2 MiB block
 BLOCK = 512
-#: frames 0 ... FIRMWARE_FRAMES - 1 belong to the firmware and are never free, so that "PFN 0" is somebody's frame
+#: frames 0 ... FIRMWARE_FRAMES - 1 belong to the firmware and are never free, so that "PFN 0" is somebody's
+#: frame
 FIRMWARE_FRAMES = 256
 #: byte that fills freed frames. Four of them are no sensible item of any table format, address or counter.
 POISON = 0x5F
@@ -78,8 +81,9 @@ class FramesPlatform(Protocol):
 class Claim:
     """What a live object says of the frames that it holds.
 
-    :param who: the object, for messages. :param tag: the owner tag that these frames must carry, or None where this
-        object is not their owner (a mapping, a pin). :param pfns: int64[n]. :param refs: references held on each.
+    :param who: the object, for messages. :param tag: the owner tag that these frames must carry, or None
+        where this object is not their owner (a mapping, a pin). :param pfns: int64[n]. :param refs:
+        references held on each.
     :param pins: of these references, how many are pins (0 or ``refs``).
     """
 
@@ -133,9 +137,9 @@ def pfns_of(pas: U64) -> I64:
 class FrameAllocator:
     """All frames of the platform's physical memory.
 
-    ``ref``, ``pin``, ``hold`` int32[n]; ``kind`` uint8[n] of :class:`Kind`; ``platform.tags`` carries the owner.
-    A new allocator believes every frame but the firmware's free: at boot after a kexec, ``claim`` what was preserved
-    before anything is allocated.
+    ``ref``, ``pin``, ``hold`` int32[n]; ``kind`` uint8[n] of :class:`Kind`; ``platform.tags`` carries the
+    owner. A new allocator believes every frame but the firmware's free: at boot after a kexec, ``claim`` what
+    was preserved before anything is allocated.
 
     :param seed: of the random placements.
     """
@@ -187,7 +191,8 @@ class FrameAllocator:
         return int(np.count_nonzero(self.kind == Kind.FREE))
 
     def alloc(self, n: int, owner_tag: int, kind: Kind, *, order: int = 0, zero: bool = True) -> I64:
-        """``n`` blocks of ``2**order`` frames each, naturally aligned; the pfns of the first frame of each block.
+        """``n`` blocks of ``2**order`` frames each, naturally aligned; the pfns of the first frame of each
+        block.
 
         Each frame starts with one reference. :raises OutOfMemory: nothing was allocated.
         """
@@ -218,7 +223,8 @@ class FrameAllocator:
     def claim(self, pfns: I64, owner_tag: int | None, kind: Kind) -> None:
         """Take exactly these free frames, each with one reference; their content stays.
 
-        :param owner_tag: None leaves the tags as they are: at boot, frames that devices are using keep their owner.
+        :param owner_tag: None leaves the tags as they are: at boot, frames that devices are using keep their
+            owner.
         :raises OutOfMemory: one of them is not free, or not in this memory; nothing was taken.
         """
         if not len(pfns):
@@ -238,7 +244,9 @@ class FrameAllocator:
             self.tags[pfns] = owner_tag
 
     def give(self, pfns: I64, owner_tag: int, kind: Kind) -> None:
-        """Pass frames on to another owner with the reference that they have (RESERVED ones to their new owner)."""
+        """Pass frames on to another owner with the reference that they have (RESERVED ones to their new
+        owner).
+        """
         self.kind[pfns] = kind
         self.tags[pfns] = owner_tag
 
@@ -333,7 +341,8 @@ class FrameAllocator:
     def unpin(self, pfns: I64) -> None:
         """Undo one pin on each frame, without asking whether it is right.
 
-        A frame that is not pinned is counted in ``bad_unpins`` and loses a reference all the same; so does PFN 0.
+        A frame that is not pinned is counted in ``bad_unpins`` and loses a reference all the same; so does
+        PFN 0.
         """
         if not len(pfns):
             return
@@ -379,7 +388,8 @@ class FrameAllocator:
         self.words[pfns] = np.uint64(int.from_bytes(bytes([POISON]) * 8, "little"))
 
     def poison_free(self) -> int:
-        """At boot: poison what is free now and was somebody's before, and clear its tag; the number of frames.
+        """At boot: poison what is free now and was somebody's before, and clear its tag; the number of
+        frames.
 
         Frames that carried no tag were free in the old kernel too: poisoned then, or never touched.
         """
@@ -395,7 +405,8 @@ class FrameAllocator:
         """Compare the counts with what live objects claim; the firmware's frames need no claim.
 
         A frame is *leaked* where it is allocated and has more references or pins than the claims explain, and
-        *wrongly freed* where it was freed although somebody held it, or where its claimed owner is not its owner.
+        *wrongly freed* where it was freed although somebody held it, or where its claimed owner is not its
+        owner.
         """
         refs = np.zeros(self.n_frames, np.int64)
         pins = np.zeros(self.n_frames, np.int64)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The IOAS: areas by IOVA, allowed and reserved ranges, the domains that show them.
 
-Follows drivers/iommu/iommufd/io_pagetable.c and ioas.c; the order of checks, and so which errno wins, is theirs.
+Follows drivers/iommu/iommufd/io_pagetable.c and ioas.c; the order of checks, and so which errno wins, is
+theirs.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ class Ioas(IommufdObject):
     # ---- mapping
 
     def map_pieces(self, pieces: list[Piece], length: int, iova: int | None, prot: int) -> int:
-        """Map pieces one after the other (iopt_map_pages); the IOVA of the first. Takes over their references.
+        """Map pieces one after the other (iopt_map_pages); the IOVA of the first. Takes over their
+        references.
 
         :param iova: None = find one.
         """
@@ -162,7 +164,8 @@ class Ioas(IommufdObject):
             if reserved.overlaps(wanted):
                 raise SysError(
                     errno.EINVAL,
-                    f"IOAS {self.id}: {iova:#x} ... {last:#x} is in the reserved {reserved.start:#x} ... {reserved.last:#x}",
+                    f"IOAS {self.id}: {iova:#x} ... {last:#x} is in the reserved range "
+                    f"{reserved.start:#x} ... {reserved.last:#x}",
                 )
         if self.area_at(iova, last) is not None:
             raise SysError(errno.EEXIST, f"IOAS {self.id}: {iova:#x} ... {last:#x} is mapped already")
@@ -226,7 +229,8 @@ class Ioas(IommufdObject):
             if area.iova < iova or area.last > last:
                 raise SysError(
                     errno.ENOENT,
-                    f"IOAS {self.id}: area {area.iova:#x} ... {area.last:#x} is only partly in {iova:#x} ... {last:#x}",
+                    f"IOAS {self.id}: area {area.iova:#x} ... {area.last:#x} is only partly in "
+                    f"{iova:#x} ... {last:#x}",
                 )
             area.unfill(self.domains)
             self._remove(area)
@@ -290,7 +294,8 @@ class Ioas(IommufdObject):
         ):
             raise SysError(
                 errno.EADDRINUSE,
-                f"IOAS {self.id}: {wanted.start:#x} ... {wanted.last:#x} must be reserved, but is mapped or allowed",
+                f"IOAS {self.id}: {wanted.start:#x} ... {wanted.last:#x} must be reserved, "
+                "but is mapped or allowed",
             )
         insort(self.reserved, (wanted, owner), key=lambda item: item[0])
 
@@ -301,7 +306,10 @@ class Ioas(IommufdObject):
     # ---- huge pages and alignment
 
     def set_huge_pages(self, enable: bool) -> None:
-        """iopt_enable_large_pages, iopt_disable_large_pages. :raises SysError: EINVAL once something is mapped."""
+        """iopt_enable_large_pages, iopt_disable_large_pages.
+
+        :raises SysError: EINVAL once something is mapped.
+        """
         if enable:
             self.disable_large_pages = False
             self._set_alignment()
@@ -380,7 +388,7 @@ class Ioas(IommufdObject):
                 area.pages.kernel.frames.unpin(area.pages.lookup(r.start, r.last))
 
     def remove_domain(self, domain: Domain) -> None:
-        """Take the areas out of ``domain`` (iopt_table_remove_domain); the last domain's pages are unpinned."""
+        """Take the areas out of ``domain`` (iopt_table_remove_domain); pages of the last one are unpinned."""
         index = self.domains.index(domain)
         # iopt_table_remove_domain keeps the xarray dense by moving its last entry into the gap.
         tail = self.domains.pop()

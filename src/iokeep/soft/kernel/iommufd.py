@@ -2,7 +2,8 @@
 """/dev/iommu: the file, its objects, and one function for each ioctl.
 
 Each function follows the one of the same name in drivers/iommu/iommufd of Linux 7.3 (ioas.c, hw_pagetable.c,
-device.c, eventq.c, viommu.c, vfio_compat.c), so that the same call fails for the same reason with the same errno.
+device.c, eventq.c, viommu.c, vfio_compat.c), so that the same call fails for the same reason with the same
+errno.
 """
 
 from __future__ import annotations
@@ -285,7 +286,9 @@ def iommufd_ioas_map(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_ioas_map) -> No
 
 
 def iommufd_ioas_map_file(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_ioas_map_file) -> None:
-    """IOMMU_IOAS_MAP_FILE. The file is only looked at when its pages are pinned: once a domain shows the IOAS."""
+    """IOMMU_IOAS_MAP_FILE. The file is only looked at when its pages are pinned: once a domain shows the
+    IOAS.
+    """
     _map_flags(cmd.flags)
     _below_max(iova=cmd.iova, length=cmd.length)
     prot = _map_prot(cmd.flags)
@@ -348,7 +351,7 @@ def iommufd_ioas_unmap(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_ioas_unmap) -
 
 
 def iommufd_ioas_change_process(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_ioas_change_process) -> None:
-    """IOMMU_IOAS_CHANGE_PROCESS: only where every mapping is of a file, so that no page belongs to a process."""
+    """IOMMU_IOAS_CHANGE_PROCESS: only where every mapping is of a file: no page belongs to a process."""
     _reserved(cmd)
     for item in ictx.objects.values():
         if isinstance(item, Ioas):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel itself: memory, files, processes, devices of one boot, and the registries that its modules fill."""
+"""The kernel itself: memory, files, processes, devices of one boot; registries that its modules fill."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from iokeep.errors import UsageError
-from iokeep.soft.kernel.files import DebugFile, File, Ioctl
+from iokeep.soft.kernel.files import DebugFile, File, Ioctl, SysrqFile
 from iokeep.soft.kernel.frames import Audit, Claim, FrameAllocator
 from iokeep.soft.kernel.klog import Klog
 from iokeep.soft.kernel.params import Params
@@ -34,10 +34,11 @@ IoctlHandler = Callable[[Any, Ioctl], int]
 class Kernel:
     """One boot of the software kernel on a platform.
 
-    Life: construct; let modules register (``ioctl_extensions``, ``device_nodes``, hooks); :meth:`boot`; serve system
-    calls; :meth:`reboot_kexec` or :meth:`shutdown`.
+    Life: construct; let modules register (``ioctl_extensions``, ``device_nodes``, hooks); :meth:`boot`; serve
+    system calls; :meth:`reboot_kexec` or :meth:`shutdown`.
 
-    :param platform: physical memory, registers, tags. :param profile: name of the kernel version ("soft-7.3").
+    :param platform: physical memory, registers, tags. :param profile: name of the kernel version
+        ("soft-7.3").
     :param params: the command line.
     """
 
@@ -54,12 +55,18 @@ class Kernel:
         self.klog = klog or Klog()
         self.frames = FrameAllocator(platform, seed=self.params.number("seed", 0))
         self.placement = Placement(self.params.text("placement", "2m-scattered"))
+        self._placements = {
+            key.removeprefix("placement."): Placement(spec)
+            for key, spec in self.params.items()
+            if key.startswith("placement.")
+        }
         #: open files by inode number
         self.files: dict[int, File] = {}
         #: live processes by pid
         self.processes: dict[int, Process] = {}
         self._next_pid = 1000
-        #: called while another party (a device in the same process) must make progress: in-process tests set it
+        #: called while another party (a device in the same process) must make progress: in-process tests set
+        #: it
         self.pump: Callable[[], None] | None = None
         #: (file type, request) -> handler, asked before the type's own ioctls (subclasses match too)
         self.ioctl_extensions: dict[tuple[type[File], int], IoctlHandler] = {}
@@ -67,12 +74,15 @@ class Kernel:
         self.device_nodes: dict[str, OpenNode] = {
             "/dev/kmsg": self._open_kmsg,
             "/sys/kernel/debug/iokeep/audit": self._open_audit,
+            "/proc/sysrq-trigger": lambda process: SysrqFile(self),
         }
-        #: run at boot before anything is allocated: reserve preserved memory, hand prior domains to the IOMMU driver
+        #: run at boot before anything is allocated: reserve preserved memory, hand prior domains to the IOMMU
+        #: driver
         self.early_boot_hooks: list[Callable[[Kernel], None]] = []
         #: run at boot when the IOMMU driver is up
         self.boot_hooks: list[Callable[[Kernel], None]] = []
-        #: run in order by reboot_kexec; an exception (SysError) stops it, and the hooks that ran are asked to undo
+        #: run in order by reboot_kexec; an exception (SysError) stops it, and the hooks that ran are asked to
+        #: undo
         self.reboot_hooks: list[Callable[[Kernel], None]] = []
         #: undo of reboot_hooks, run in reverse order when a later one fails
         self.reboot_undo_hooks: list[Callable[[Kernel], None]] = []
@@ -113,7 +123,9 @@ class Kernel:
         return self._vtd
 
     def boot(self) -> None:
-        """Bring the kernel up: reserve what was preserved, poison the rest, start the IOMMU driver, then modules."""
+        """Bring the kernel up: reserve what was preserved, poison the rest, start the IOMMU driver, then
+        modules.
+        """
         from iokeep.soft.kernel.vtd import Vtd
 
         self.log(
@@ -129,7 +141,8 @@ class Kernel:
             hook(self)
 
     def reboot_kexec(self) -> None:
-        """reboot(LINUX_REBOOT_CMD_KEXEC): hooks serialise; then the kernel ends, leaving memory and hardware as is.
+        """reboot(LINUX_REBOOT_CMD_KEXEC): hooks serialise; then the kernel ends, leaving memory and hardware
+        as is.
 
         :raises SysError: a hook refused; the ones before it were undone and the kernel goes on.
         """
@@ -161,7 +174,7 @@ class Kernel:
     def spawn(
         self, user: UserMemory | None = None, pid: int | None = None, *, privileged: bool = True
     ) -> Process:
-        """A new process (a client that connected). ``pid``: its number where the client has one of its own."""
+        """A new process (a client that connected). ``pid``: its number where the client has its own."""
         if pid is None or pid in self.processes:
             while self._next_pid in self.processes:
                 self._next_pid += 1
@@ -180,9 +193,10 @@ class Kernel:
     # ---- files
 
     def placement_of(self, name: str) -> Placement:
-        """Where the pages of the memfd ``name`` go: parameter ``placement.NAME``, else the boot's ``placement``."""
-        spec = self.params.text(f"placement.{name}")
-        return Placement(spec) if spec else self.placement
+        """Where the pages of the memfd ``name`` go: parameter ``placement.NAME``, else the boot's
+        ``placement``.
+        """
+        return self._placements.get(name, self.placement)
 
     def ioctl_handler(self, file: File, request: int) -> IoctlHandler | None:
         """The module that serves ``request`` on this type of file, if any."""

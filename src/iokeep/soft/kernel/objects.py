@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 class IommufdObject:
     """One object of an iommufd (struct iommufd_object).
 
-    ``users`` counts who needs it, the table of objects itself included: 1 = nobody else. ``id`` is 0 until the iommufd
-    lists it.
+    ``users`` counts who needs it, the table of objects itself included: 1 = nobody else. ``id`` is 0 until
+    the iommufd lists it.
     """
 
     type_name: ClassVar[str] = "object"

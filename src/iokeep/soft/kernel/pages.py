@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Areas and the pages behind them: who pins which frames, and where iommufd finds their PFNs again.
 
-Follows drivers/iommu/iommufd/pages.c. Once an area is filled into a domain, its PFNs are stored nowhere but in that
-domain's table: they are read back by iova_to_phys when the area goes away, and what was read is unpinned. Nothing
-else is trusted, so a wrong table does its damage.
+Follows drivers/iommu/iommufd/pages.c. Once an area is filled into a domain, its PFNs are stored nowhere but
+in that domain's table: they are read back by iova_to_phys when the area goes away, and what was read is
+unpinned. Nothing else is trusted, so a wrong table does its damage.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ class Pages:
     def lookup(self, first: int, last: int) -> I64:
         """Frames of pages ``first`` ... ``last`` at their origin, holes filled, nothing pinned.
 
-        :raises SysError: EINVAL not a memory file, or past its end (memfd_pin_folios); EFAULT bad user memory; ENOMEM.
+        :raises SysError: EINVAL not a memory file, or past its end (memfd_pin_folios); EFAULT bad user
+            memory; ENOMEM.
         """
         n = last - first + 1
         if self.file is not None:
@@ -103,7 +104,8 @@ class Pages:
             if at + n * FRAME_BYTES > memfd.size:
                 raise SysError(
                     errno.EINVAL,
-                    f"{memfd.name}: bytes {at:#x} ... {at + n * FRAME_BYTES - 1:#x} are past its end at {memfd.size:#x}",
+                    f"{memfd.name}: bytes {at:#x} ... {at + n * FRAME_BYTES - 1:#x} are past its end "
+                    f"at {memfd.size:#x}",
                 )
             return memfd.fault(at >> FRAME_SHIFT, (at >> FRAME_SHIFT) + n - 1)
         process = self.process
@@ -152,8 +154,8 @@ class Pages:
 class Area:
     """``[iova, last]`` shows the pages from byte ``start_byte`` on (struct iopt_area).
 
-    :param prot: PROT_R | PROT_W. :param storage: the domain whose table stores the PFNs, or None where nothing is
-        pinned for this area.
+    :param prot: PROT_R | PROT_W. :param storage: the domain whose table stores the PFNs, or None where
+        nothing is pinned for this area.
     """
 
     ioas: Ioas
@@ -195,7 +197,9 @@ class Area:
         return np.arange(last - first + 1, dtype=np.uint64) * np.uint64(FRAME_BYTES) + np.uint64(base)
 
     def read_back(self, first: int, last: int) -> I64:
-        """PFNs of pages as the storage domain's table says: PFN 0 where nothing translates (batch_from_domain)."""
+        """PFNs of pages as the storage domain's table says: PFN 0 where nothing translates
+        (batch_from_domain).
+        """
         if self.storage is None:
             raise AssertionError(f"area at {self.iova:#x} has no storage domain")
         return pfns_of(self.storage.iova_to_phys(self.iovas(first, last)))
@@ -232,7 +236,7 @@ class Area:
         self.store(domains[0])
 
     def fill_more(self, domain: Domain) -> None:
-        """Map the area in one more domain (iopt_area_fill_domain): pins where no domain stores the PFNs yet."""
+        """Map the area in one more domain (iopt_area_fill_domain); pins if no domain stores the PFNs yet."""
         pfns, pinned = self.pages.acquire(self.first_page, self.last_page)
         try:
             domain.map(self.extents(pfns), self.ioas.max_leaf_lg2)
@@ -254,7 +258,7 @@ class Area:
         self.pages.stored[id(self)] = self
 
     def unfill(self, domains: list[Domain]) -> None:
-        """Take the area out of every domain and unpin what no other area stores (iopt_area_unfill_domains)."""
+        """Take the area out of all domains and unpin what no other area stores (iopt_area_unfill_domains)."""
         storage = self.storage
         if storage is None:
             return

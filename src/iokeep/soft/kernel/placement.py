@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where in physical memory a file's pages go: the frames that it will take when its pages are first touched."""
+"""Where in physical memory a file's pages go: the frames that they get when they are first touched."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ class Placement:
     """One placement: a profile with an optional seed (``mixed:7``), or the path of a ``.npy`` list of pfns.
 
     * ``contiguous``: one run of frames, 2 MiB aligned when it is that long.
-    * ``2m-scattered``: aligned 2 MiB blocks in random order, as huge pages of shmem are; the tail in random frames.
+    * ``2m-scattered``: aligned 2 MiB blocks in random order, as huge pages of shmem are; the tail in random
+      frames.
     * ``4k-random``: random frames.
     * ``mixed``: each 2 MiB of the file is, by the seed, a block or 512 random frames.
 
@@ -44,7 +45,8 @@ class Placement:
             )
 
     def plan(self, frames: FrameAllocator, n: int, start: int = 0) -> I64:
-        """Frames for the file pages ``start`` ... ``start + n - 1`` (int64[n]), free now and marked as planned.
+        """Frames for the file pages ``start`` ... ``start + n - 1`` (int64[n]), free now and marked as
+        planned.
 
         :raises OutOfMemory: not enough free frames, or a listed frame is not free.
         """

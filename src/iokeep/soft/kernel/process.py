@@ -57,7 +57,8 @@ class Backing:
 class Vma:
     """A mapping: ``[hva, hva + length)`` shows ``file`` from byte ``offset``.
 
-    Its pages are filled in at mmap, as with MAP_POPULATE, and it holds one reference on each frame as a PTE does.
+    Its pages are filled in at mmap, as with MAP_POPULATE, and it holds one reference on each frame as a PTE
+    does.
 
     :param pfns: the frames, int64[pages], or None for registers.
     """
@@ -96,7 +97,10 @@ class Process:
     # ---- descriptors
 
     def install(self, file: File) -> int:
-        """The lowest free descriptor for ``file``; takes over the caller's reference. :raises SysError: EMFILE."""
+        """The lowest free descriptor for ``file``; takes over the caller's reference.
+
+        :raises SysError: EMFILE.
+        """
         fd = self._lowest
         while fd in self.fds:
             fd += 1
@@ -125,7 +129,10 @@ class Process:
     # ---- mappings
 
     def add_vma(self, hva: int, length: int, file: File, offset: int, *, writable: bool = True) -> Vma:
-        """Map ``length`` bytes of ``file`` at ``hva``. :raises SysError: what the file refuses, EINVAL, EEXIST."""
+        """Map ``length`` bytes of ``file`` at ``hva``.
+
+        :raises SysError: what the file refuses, EINVAL, EEXIST.
+        """
         if length <= 0 or length % FRAME_BYTES or offset % FRAME_BYTES or hva % FRAME_BYTES or hva < 0:
             raise SysError(errno.EINVAL, f"mmap of {length:#x} bytes at hva {hva:#x}, offset {offset:#x}")
         if hva + length > 1 << 64:
@@ -197,7 +204,7 @@ class Process:
     # ---- end
 
     def exit(self) -> None:
-        """What do_exit does: drop the mappings (exit_mm), then close the descriptors in order (exit_files)."""
+        """What do_exit does: drop the mappings (exit_mm), then close the descriptors (exit_files)."""
         for vma_id in list(self.vmas):
             self.drop_vma(vma_id)
         for fd in sorted(self.fds):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The driver's side of VT-d queued invalidation (specification 6.5.2; drivers/iommu/intel/dmar.c qi_submit_sync)."""
+"""The driver's side of VT-d queued invalidation (specification 6.5.2; drivers/iommu/intel/dmar.c
+qi_submit_sync).
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,8 @@ class HardwareTimeout(Exception):
 class InvalidationQueue:
     """A queue of 256 descriptors and a page for the status of waits.
 
-    :param wide: descriptors of 256 bits, as scalable mode has them. :param pump: lets hardware in this very process
-        make progress; called in the wait loop.
+    :param wide: descriptors of 256 bits, as scalable mode has them. :param pump: lets hardware in this very
+        process make progress; called in the wait loop.
     """
 
     def __init__(

@@ -12,7 +12,8 @@ class SysError(Exception):
 
     :param errno: positive errno, as errno.EINVAL.
     :param why: the reason, for the kernel log; the caller sees the errno only.
-    :param respond: the argument structure is copied out although the call fails (EMSGSIZE of IOVA_RANGES does so).
+    :param respond: the argument structure is copied out although the call fails (EMSGSIZE of IOVA_RANGES does
+        so).
     """
 
     def __init__(self, errno: int, why: str = "", *, respond: bool = False) -> None:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The IOMMU driver: root, context and PASID tables in memory, domains, attachment, invalidation.
 
-Follows drivers/iommu/intel/{iommu,pasid,cache}.c. A device is moved from one domain to another *hitlessly*: the
-structure above its entry is copied, the copy changed, and one 64-bit store switches hardware to the copy (legacy: the
-root entry; scalable mode: the PASID directory entry). Every transaction meets the old translation or the new one.
+Follows drivers/iommu/intel/{iommu,pasid,cache}.c. A device is moved from one domain to another *hitlessly*:
+the structure above its entry is copied, the copy changed, and one 64-bit store switches hardware to the copy
+(legacy: the root entry; scalable mode: the PASID directory entry). Every transaction meets the old
+translation or the new one.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ MODES = ("legacy", "scalable-fs", "scalable-ss")
 class PciDevice:
     """A device behind the IOMMU.
 
-    :param index: its number on the platform. :param bdf: requester id. ``domain``: what translates its DMA, None =
-        blocked. ``owner``: the iommufd that its DMA belongs to.
+    :param index: its number on the platform. :param bdf: requester id. ``domain``: what translates its DMA,
+        None = blocked. ``owner``: the iommufd that its DMA belongs to.
     """
 
     index: int
@@ -72,8 +73,8 @@ class PciDevice:
 class Domain:
     """A paging domain: a table, its id in the IOMMU's caches, and the devices that it translates for.
 
-    The frames of the table are remembered apart from the table: a table that was tampered with cannot make the driver
-    free what is not its own.
+    The frames of the table are remembered apart from the table: a table that was tampered with cannot make
+    the driver free what is not its own.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class Domain:
 
     @property
     def aperture_last(self) -> int:
-        """Last IOVA that the domain can map: first stage uses the lower half of its sign-extended space only."""
+        """Last IOVA that the domain can map: of the first stage's sign-extended space the lower half."""
         return (1 << (self.fmt.input_lg2 - self.fmt.sign_extend)) - 1
 
     @property
@@ -123,7 +124,10 @@ class Domain:
     # ---- what iommu_domain_ops do
 
     def map(self, extents: Extents, max_lg2: int | None = None) -> None:
-        """Map all of ``extents`` (iommu_map for each run). :raises SysError: ENOMEM, EADDRINUSE; nothing is mapped then."""
+        """Map all of ``extents`` (iommu_map for each run).
+
+        :raises SysError: ENOMEM, EADDRINUSE; nothing is mapped then.
+        """
         try:
             self.table.map(extents, max_lg2)
         except OutOfMemory as error:
@@ -183,7 +187,7 @@ class Domain:
         return pas_of(pfns)
 
     def _unlink(self, pas: U64) -> None:
-        """Pages that no item points to any more; hardware may still hold them in its paging-structure caches."""
+        """Pages that no item points to any more; hardware may still have them in its caches."""
         self._unlinked.append(pfns_of(pas))
 
     def _release_unlinked(self) -> None:
@@ -232,7 +236,8 @@ class _Structures:
 class Vtd:
     """The IOMMU of the platform.
 
-    Parameters of the kernel: ``iommu`` = legacy, scalable-fs (first stage) or scalable-ss; ``levels`` = 3, 4 or 5.
+    Parameters of the kernel: ``iommu`` = legacy, scalable-fs (first stage) or scalable-ss; ``levels`` = 3, 4
+    or 5.
     """
 
     def __init__(self, kernel: Kernel) -> None:
@@ -301,7 +306,8 @@ class Vtd:
                         at.pasids[dev.index] = _Pasid(directory, table)
         if scalable != self.scalable:
             raise IokeepError(
-                f"the IOMMU runs in {'scalable' if scalable else 'legacy'} mode, this kernel was booted for {self.mode}"
+                f"the IOMMU runs in {'scalable' if scalable else 'legacy'} mode, "
+                f"this kernel was booted for {self.mode}"
             )
         self._at = at
         self._inherited = state
@@ -334,7 +340,8 @@ class Vtd:
         self._command |= reg.DMA_GCMD_TE
         self.regs.write32(reg.DMAR_GCMD_REG, self._command)
         self.kernel.log(
-            f"DMAR: {self.mode}, {self.fmt.name} {len(self.fmt.levels)} levels, root table {self._at.root_pa:#x}"
+            f"DMAR: {self.mode}, {self.fmt.name} {len(self.fmt.levels)} levels, "
+            f"root table {self._at.root_pa:#x}"
         )
 
     def _pump(self) -> None:
@@ -399,9 +406,11 @@ class Vtd:
         domain.devices.add(dev)
 
     def set_domain(self, dev: PciDevice, domain: Domain | None) -> None:
-        """What translates DMA of ``dev`` from now on; None blocks it. When it returns nothing of the old is cached.
+        """What translates DMA of ``dev`` from now on; None blocks it. When it returns nothing of the old is
+        cached.
 
-        From one domain to another there is no instant without translation. :raises SysError: ENOMEM; nothing changed.
+        From one domain to another there is no instant without translation. :raises SysError: ENOMEM; nothing
+        changed.
         """
         old = dev.domain
         if domain is old:
@@ -424,7 +433,9 @@ class Vtd:
         self._free_aside()
 
     def _attach(self, dev: PciDevice, domain: Domain) -> None:
-        """From blocked: fill the entry, its present bit last. Not-present entries are not cached (CAP.CM = 0)."""
+        """From blocked: fill the entry, its present bit last. Not-present entries are not cached (CAP.CM =
+        0).
+        """
         if self.scalable:
             pasid = self._at.pasids.get(dev.index) or self._new_pasid(dev)
             self._store_last_first(pasid.table_pa, self._pasid_entry(domain))
@@ -532,7 +543,9 @@ class Vtd:
         self._queue.submit(descriptors)
 
     def _flush_device(self, dev: PciDevice, domain_id: int) -> None:
-        """After the entry of ``dev`` changed: its context (or PASID) entry and what was cached under the old id."""
+        """After the entry of ``dev`` changed: its context (or PASID) entry and what was cached under the old
+        id.
+        """
         if self.scalable:
             flush = [
                 codec.inv_pasid_cache(domain_id, codec.PC_PASID, NO_PASID),
@@ -568,7 +581,10 @@ class Vtd:
     # ---- inspection
 
     def root_of(self, dev: PciDevice) -> codec.RootInfo:
-        """What hardware will find for ``dev``, read from memory. :raises codec.RootFault: nothing translates."""
+        """What hardware will find for ``dev``, read from memory.
+
+        :raises codec.RootFault: nothing translates.
+        """
         return codec.find_root(self.kernel.frames.ram, self.rtaddr, dev.bdf)
 
     def claims(self) -> Iterable[Claim]:
