@@ -16,7 +16,13 @@ from textwrap import wrap
 ROOT = Path(__file__).resolve().parent.parent
 SRC = ROOT / "src" / "iokeep"
 OUT = ROOT / "docs" / "house.svg"
-FLOORS = [["cli"], ["rehearse", "agent"], ["soft", "inspect", "restore"], ["pt", "handover", "iommufd", "luo"], ["uapi", "mem"]]
+FLOORS = [
+    ["cli"],
+    ["rehearse", "agent"],
+    ["soft", "inspect", "restore"],
+    ["pt", "handover", "iommufd", "luo"],
+    ["uapi", "mem"],
+]
 BESIDE = "report"
 WIDTH, BOX_H, GAP, LEFT = 1000, 74, 56, 20
 
@@ -71,7 +77,9 @@ def draw() -> str:
         (xa, ya, wa), (xb, yb, wb) = place[a], place[b]
         x1, x2 = xa + wa / 2, xb + wb / 2
         if ya == yb:  # beside, on the top floor
-            lines.append(f'<line x1="{xa + wa:.0f}" y1="{ya + BOX_H / 2:.0f}" x2="{xb:.0f}" y2="{yb + BOX_H / 2:.0f}"/>')
+            lines.append(
+                f'<line x1="{xa + wa:.0f}" y1="{ya + BOX_H / 2:.0f}" x2="{xb:.0f}" y2="{yb + BOX_H / 2:.0f}"/>'
+            )
         else:
             drift = (x2 - x1) * 0.22
             lines.append(f'<line x1="{x1 + drift:.0f}" y1="{ya + BOX_H}" x2="{x2 - drift:.0f}" y2="{yb}"/>')
