@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from numpy.typing import NDArray
 
 from iokeep.errors import InputError, IokeepError
 from iokeep.handover.abi import KHO_FDT_COMPATIBLE
@@ -151,13 +152,18 @@ def _restored(handover: Handover, preserved: I64, tags: U32, profile: Profile) -
         pages = [hw.structure_pages for hw in iommu.iommus]
         out.structures = pfns_of(np.unique(np.concatenate(pages))) if pages else out.structures
         owned.append(("IOMMU structures", out.structures))
+    kept = np.zeros(len(tags), np.bool_)
+    kept[preserved] = True
     metadata = np.array(sorted(pa >> FRAME_SHIFT for pa in handover.pages), np.int64)
-    owned.append(("records", np.intersect1d(metadata, preserved)))
-    _check_owners(owned, preserved)
+    metadata = metadata[metadata < len(tags)]
+    owned.append(("records", metadata[kept[metadata]]))
+    _check_owners(owned, kept)
     if iommu is not None:
         _check_references(iommu, out)
-    everything = np.concatenate([pfns for what, pfns in owned if what != "records"])
-    out.other = np.setdiff1d(preserved, everything)
+    for what, pfns in owned:
+        if what != "records":
+            kept[pfns] = False
+    out.other = np.flatnonzero(kept).astype(np.int64)
     return out
 
 
@@ -168,26 +174,27 @@ def _memfd(file: FileRecord, tags: U32) -> IncomingMemfd:
     pfns = frames.astype(np.int64)
     if len(pfns) and int(pfns.max()) >= len(tags):
         raise Damaged(f"memfd token {file.token:#x}: frame {int(pfns.max()):#x} is not in this memory")
-    owners = np.unique(tags[pfns])
-    if len(owners) > 1:
-        raise Damaged(f"memfd token {file.token:#x}: its frames have {len(owners)} owners")
-    tag = int(owners[0]) if len(owners) else 0
+    tag = int(tags[pfns[0]]) if len(pfns) else 0
+    if not bool((tags[pfns] == tag).all()):
+        raise Damaged(f"memfd token {file.token:#x}: its frames have several owners")
     return IncomingMemfd(file.token, memfd.pos, memfd.size, memfd.seals, pages.astype(np.int64), pfns, tag)
 
 
-def _check_owners(owned: list[tuple[str, I64]], preserved: I64) -> None:
-    """Every frame that a record names is preserved, and none has two owners."""
+def _check_owners(owned: list[tuple[str, I64]], kept: NDArray[np.bool_]) -> None:
+    """Every frame that a record names is preserved, and none has two owners. ``kept`` bool[frames]."""
+    seen = np.zeros(len(kept), np.bool_)
+    total = 0
     for what, pfns in owned:
-        lost = pfns[~np.isin(pfns, preserved)]
+        inside = (pfns >= 0) & (pfns < len(kept))
+        lost = pfns[~inside] if not inside.all() else pfns[~kept[pfns]]
         if len(lost):
             raise Damaged(f"{what}: frame {int(lost[0]):#x} is not preserved ({len(lost)} such frames)")
-    every = np.concatenate([pfns for _, pfns in owned])
-    values, counts = np.unique(every, return_counts=True)
-    twice = values[counts > 1]
-    if len(twice):
-        pfn = int(twice[0])
-        names = " and ".join(what for what, pfns in owned if pfn in pfns)
-        raise Damaged(f"frame {pfn:#x} belongs to {names}")
+        twice = pfns[seen[pfns]]
+        seen[pfns] = True
+        total += len(pfns)
+        if len(twice) or int(np.count_nonzero(seen)) != total:
+            where = f"frame {int(twice[0]):#x}" if len(twice) else "a frame"
+            raise Damaged(f"{what}: {where} has two owners")
 
 
 def _check_references(iommu: IommuRecord, out: Restored) -> None:
