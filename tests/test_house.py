@@ -107,3 +107,9 @@ def test_start_up_imports_nothing_slow(what: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_picture_is_what_the_code_says() -> None:
+    tool = SRC.parent.parent / "tools" / "draw_house.py"
+    done = subprocess.run([sys.executable, tool, "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -81,8 +81,9 @@ def draw() -> str:
                 f'<line x1="{xa + wa:.0f}" y1="{ya + BOX_H / 2:.0f}" x2="{xb:.0f}" y2="{yb + BOX_H / 2:.0f}"/>'
             )
         else:
-            drift = (x2 - x1) * 0.22
-            lines.append(f'<line x1="{x1 + drift:.0f}" y1="{ya + BOX_H}" x2="{x2 - drift:.0f}" y2="{yb}"/>')
+            start = min(max(x1 + (x2 - x1) * 0.22, xa + 12), xa + wa - 12)
+            end = min(max(x2 - (x2 - x1) * 0.22, xb + 12), xb + wb - 12)
+            lines.append(f'<line x1="{start:.0f}" y1="{ya + BOX_H}" x2="{end:.0f}" y2="{yb}"/>')
     height = 2 * LEFT + len(FLOORS) * BOX_H + (len(FLOORS) - 1) * GAP
     style = (
         ".room{fill:#f6f8fa;stroke:#57606a}.name{font:bold 14px monospace;fill:#0a3069}"
