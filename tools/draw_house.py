@@ -77,9 +77,8 @@ def draw() -> str:
         (xa, ya, wa), (xb, yb, wb) = place[a], place[b]
         x1, x2 = xa + wa / 2, xb + wb / 2
         if ya == yb:  # beside, on the top floor
-            lines.append(
-                f'<line x1="{xa + wa:.0f}" y1="{ya + BOX_H / 2:.0f}" x2="{xb:.0f}" y2="{yb + BOX_H / 2:.0f}"/>'
-            )
+            middle = ya + BOX_H // 2
+            lines.append(f'<line x1="{xa + wa:.0f}" y1="{middle}" x2="{xb:.0f}" y2="{middle}"/>')
         else:
             start = min(max(x1 + (x2 - x1) * 0.22, xa + 12), xa + wa - 12)
             end = min(max(x2 - (x2 - x1) * 0.22, xb + 12), xb + wb - 12)
@@ -89,10 +88,14 @@ def draw() -> str:
         ".room{fill:#f6f8fa;stroke:#57606a}.name{font:bold 14px monospace;fill:#0a3069}"
         ".what{font:11.5px sans-serif;fill:#24292f}line{stroke:#57606a;stroke-width:1.1;marker-end:url(#tip)}"
     )
-    tip = '<marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto"><path d="M0 0 8 4 0 8z" fill="#57606a"/></marker>'
+    tip = (
+        '<marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+        '<path d="M0 0 8 4 0 8z" fill="#57606a"/></marker>'
+    )
     body = "\n".join(lines + boxes)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}">\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
+        f'width="{WIDTH}" height="{height}">\n'
         f"<style>{style}</style>\n<defs>{tip}</defs>\n"
         f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>\n{body}\n</svg>\n'
     )
