@@ -301,6 +301,8 @@ class Table:
         fmt = self.fmt
         segments = [_cut(fmt, run) for run in runs]
         needed = self._needed(segments)
+        for seg in segments:  # other sizes may need tables of the same level
+            seg.table = np.searchsorted(needed[seg.level].key, seg.unique)[seg.table]
         replaced: list[U64] = []
         for seg in segments:
             replaced += self._check_free(seg, needed[seg.level])

@@ -122,7 +122,7 @@ class Format:
     name: str
     config: Mapping[str, int | str]
     spec: str
-    levels: tuple[LevelSpec, ...]
+    levels: tuple[LevelSpec, ...] = field(repr=False)
     item_bytes: int = 8
     byte_order: str = "<"
     table_bytes: int = 4096

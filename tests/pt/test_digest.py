@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The digest: by its definition, in every cut, and different for every difference."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iokeep.errors import InputError
+from iokeep.pt import digest as digest_module
+from iokeep.pt.digest import Digest, digest, digest_extents
+from iokeep.pt.extents import Extents
+from iokeep.pt.walk import walk
+
+M64 = 2**64 - 1
+
+
+def mix(z):
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & M64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & M64
+    return z ^ (z >> 31)
+
+
+def by_definition(pages, key):
+    """The docstring of iokeep.pt.digest, page by page in Python integers. pages: {iova: (pa, prot)}."""
+    person = b"iokeep-digest-v1"
+    words = []
+    for n in range(129):
+        raw = hashlib.blake2b(n.to_bytes(8, "little"), key=key, person=person, digest_size=64).digest()
+        words += [int.from_bytes(raw[i : i + 8], "little") for i in range(0, 64, 8)]
+    k, j, s, t = words[:512], words[512:1024], words[1024], words[1025]
+    blocks = {}
+    for iova, (pa, prot) in pages.items():
+        n, slot = pa >> 12, (iova >> 12) & 511
+        x, y = blocks.get(iova >> 21, (0, 0))
+        x += k[slot] * (4 * n + prot)
+        y += j[slot] * (4 * ((n % 2**20) * 2**20 + n // 2**20) + prot)
+        blocks[iova >> 21] = (x & M64, y & M64)
+    big_x = sum(mix(x ^ mix(v ^ s)) for v, (x, _) in blocks.items()) & M64
+    big_y = sum(mix(y ^ mix(v ^ t)) for v, (_, y) in blocks.items()) & M64
+    data = b"".join(n.to_bytes(8, "little") for n in (big_x, big_y, len(pages)))
+    return hashlib.blake2b(data, key=key, person=person, digest_size=32).digest()
+
+
+@st.composite
+def runs(draw):
+    rows, page = [], draw(st.integers(0, 2**36)) & ~0x3FF
+    for _ in range(draw(st.integers(0, 8))):
+        count = draw(st.sampled_from([1, 2, 511, 512, 513, 1500]))
+        # frames around 2**20, where the folded word wraps
+        frame = draw(st.sampled_from([0, 2**20 - 700, 2**39, 2**21 - 1])) + draw(st.integers(0, 600))
+        rows.append((page << 12, ((page + count) << 12) - 1, frame << 12, draw(st.integers(1, 3))))
+        page += count + draw(st.sampled_from([0, 0, 1, 512]))
+    return Extents.of(rows)
+
+
+@settings(max_examples=60)
+@given(want=runs(), key=st.binary(min_size=16, max_size=16))
+def test_definition(page_dict, want, key):
+    pages = page_dict(want)
+    assert digest_extents(want, key) == by_definition(pages, key)
+    cut = Extents.of([(i, i + 0xFFF, p, q) for i, (p, q) in pages.items()])
+    assert digest_extents(cut, key) == digest_extents(want, key)
+    assert digest_extents(cut.canonical(), key) == digest_extents(want, key)
+
+
+def test_definition_in_small_batches(page_dict, monkeypatch):
+    monkeypatch.setattr(digest_module, "_BATCH", 3)
+    rows = [(n << 12, (n << 12) + 0xFFF, (n * 7) << 12, 3) for n in range(0, 2000, 3)]
+    want = Extents.of([*rows, (1 << 30, (1 << 30) + (40 << 20) - 1, 2**32 - 2**20, 1)])
+    assert digest_extents(want, bytes(16)) == by_definition(page_dict(want), bytes(16))
+
+
+def test_the_same_in_every_cut_into_leaves(new_table, fmt):
+    want = Extents.of(
+        [(0, (1 << 23) - 1, 1 << 23, 3), (1 << 30, (1 << 31) - 1, 1 << 31, 1)][: 3 - (12 in fmt.leaf_lg2s)]
+    )
+    if fmt.leaf_lg2s == (12,):
+        want = Extents.of([(0, (1 << 23) - 1, 1 << 23, 3)])
+    key = b"k" * 16
+    values = set()
+    for lg2 in fmt.leaf_lg2s:
+        built = new_table(fmt, size=8 << 20, seed=lg2)
+        built.table.map(want, max_lg2=lg2)
+        values.add(digest(*built.args, key))
+    assert values == {digest_extents(want, key)}
+
+
+def test_every_translated_bit_of_one_page_changes_it(new_table, fmt):
+    built = new_table(fmt)
+    rows = [(n << 12, (n << 12) + 0xFFF, (n * 5 + 1) << 12, 3) for n in range(700)]
+    built.table.map(Extents.of(rows))
+    key = b"0123456789abcdef"
+    before = digest(*built.args, key)
+    spec = fmt.levels[0]
+    at = walk(*built.args, 5 << 12).steps[-1][1]
+    item = built.ram.load64(at)
+    for bit in range(64):
+        built.ram.store64(at, item ^ 1 << bit)
+        translated = (spec.leaf_pa_mask | spec.r_mask | spec.w_mask | spec.leaf_reserved) >> bit & 1
+        assert (digest(*built.args, key) != before) == bool(translated)
+    built.ram.store64(at, item)
+    assert digest(*built.args, key) == before
+    assert digest(*built.args, b"0123456789abcdeg") != before
+
+
+def test_swapped_pages_and_shifted_ranges_change_it():
+    a = [(0, 0xFFF, 0x1000, 3), (0x1000, 0x1FFF, 0x2000, 3), (1 << 21, (1 << 21) + 0xFFF, 0x5000, 3)]
+    swapped = [(0, 0xFFF, 0x2000, 3), (0x1000, 0x1FFF, 0x1000, 3), a[2]]
+    across = [(0, 0xFFF, 0x5000, 3), a[1], (1 << 21, (1 << 21) + 0xFFF, 0x1000, 3)]
+    moved = [(i + (1 << 21), z + (1 << 21), p, q) for i, z, p, q in a]
+    values = {digest_extents(Extents.of(rows), bytes(16)) for rows in (a, swapped, across, moved, a[:2], [])}
+    assert len(values) == 6
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="16 bytes"):
+        Digest(b"short")
+    with pytest.raises(ValueError, match="4096"):
+        digest_extents(Extents.of([(0, 0xFFE, 0, 3)]), bytes(16))
+    with pytest.raises(ValueError, match="permission"):
+        digest_extents(Extents.of([(0, 0xFFF, 0, 0)]), bytes(16))
+    with pytest.raises(InputError, match="TiB"):
+        digest_extents(Extents.of([(0, 2**63 - 1, 0, 3)]), bytes(16))
+    assert digest_extents(Extents.empty(), bytes(16)) == by_definition({}, bytes(16))
+
+
+def test_vectors():
+    """Fixed values: a digest that an older version sealed must still be understood."""
+    want = Extents.of([(0, 0x3FFFFF, 0x40000000, 3), (1 << 40, (1 << 40) + 0xFFF, 0xFFFFF000, 1)])
+    assert digest_extents(want, bytes(range(16))).hex() == VECTOR
+    assert np.frombuffer(bytes.fromhex(VECTOR), np.uint8).size == digest_module.DIGEST_BYTES
+
+
+VECTOR = "2b56e6d26806ce109e54fd25e50301994c333af3429e76aa54c14cbf8b84e018"
