@@ -6,7 +6,7 @@ restarted VMM reads what its dead predecessor had reached and either undoes it i
 commit point (ADOPTED, COMPARED), goes on.
 
 The first 4 KiB of the journal hold ``u64 count, u64 ~count``, which one 16-byte write replaces; the slots
-follow, 64 bytes each: ``u64 sequence, u32 kind, u32 0, u64 a, u64 b, u64 c, u64 0, u8 digest[16]``
+follow, 64 bytes each: ``u64 sequence, u32 kind, u32 0, u64 a, u64 b, u64 c, u64 d, u8 digest[16]``
 (blake2b-128, keyed with the manifest's digest). A slot is written before the count that covers it: a torn
 write leaves no entry, and an entry that does not match its digest is damage, not a torn write.
 """
@@ -47,6 +47,7 @@ class Kind(IntEnum):
     FINISHED = 11  #: the session is finished
     UNDONE = 12  #: a = sequence of the entry that was undone
     REFUSED = 13  #: the restore ended, all undone
+    PROVED = 14  #: a = 4 KiB pages, b = bytes of tables, c = ns, d = layout differences of one proof
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +59,11 @@ class Entry:
     a: int = 0
     b: int = 0
     c: int = 0
+    d: int = 0
 
     def text(self) -> str:
-        """For people, e.g. ``3 IOAS a=0x1 b=0x0 c=0x0``."""
-        return f"{self.sequence} {self.kind.name} a={self.a:#x} b={self.b:#x} c={self.c:#x}"
+        """For people, e.g. ``3 IOAS a=0x1 b=0x0 c=0x0 d=0x0``."""
+        return f"{self.sequence} {self.kind.name} a={self.a:#x} b={self.b:#x} c={self.c:#x} d={self.d:#x}"
 
 
 class Journal:
@@ -107,18 +109,18 @@ class Journal:
     def _parse(self, raw: bytes, index: int) -> Entry:
         if not hmac.compare_digest(self._digest(raw[: _SLOT.size]), raw[_SLOT.size :]):
             raise InputError(f"journal: entry {index} does not match its digest")
-        sequence, kind, zero, a, b, c, zero2 = _SLOT.unpack_from(raw)
-        if sequence != index or zero or zero2 or kind not in Kind._value2member_map_:
+        sequence, kind, zero, a, b, c, d = _SLOT.unpack_from(raw)
+        if sequence != index or zero or kind not in Kind._value2member_map_:
             raise InputError(f"journal: entry {index} says sequence {sequence}, kind {kind}")
-        return Entry(sequence, Kind(kind), a, b, c)
+        return Entry(sequence, Kind(kind), a, b, c, d)
 
-    def add(self, kind: Kind, a: int = 0, b: int = 0, c: int = 0) -> Entry:
+    def add(self, kind: Kind, a: int = 0, b: int = 0, c: int = 0, d: int = 0) -> Entry:
         """Append an entry; it is persisted when this returns. :raises UsageError: the journal is full."""
         n = len(self.entries)
         if n >= self._slots:
             raise UsageError(f"journal: all {self._slots} slots are used", "save with a bigger journal")
-        entry = Entry(n, kind, a, b, c)
-        raw = _SLOT.pack(n, kind, 0, a, b, c, 0)
+        entry = Entry(n, kind, a, b, c, d)
+        raw = _SLOT.pack(n, kind, 0, a, b, c, d)
         self._write(raw + self._digest(raw), self._offset + FRAME + n * SLOT_BYTES)
         self._write(_HEAD.pack(n + 1, TOP ^ (n + 1)), self._offset)
         self.entries.append(entry)

@@ -242,7 +242,15 @@ class _Run:
         return self.session.retrieve(token) if fd is None else fd
 
     def _retrieve_manifest(self) -> tuple[Manifest, Journal]:
-        self.live.manifest_fd = self._fetch(MANIFEST_TOKEN)
+        try:
+            self.live.manifest_fd = self._fetch(MANIFEST_TOKEN)
+        except (KernelRefused, OSError) as e:
+            if _errno(e) != errno.ENOENT:
+                raise
+            raise InputError(
+                "the session holds no manifest: it was finished already, or iokeep did not save it",
+                "a custodian that kept descriptors of a finished session hands them to the VMM",
+            ) from e
         manifest, journal = load_manifest(self.transport, self.live.manifest_fd)
         self.live.manifest, self.journal = manifest, journal
         return manifest, journal
@@ -305,6 +313,8 @@ class _Run:
                     self.live.ioases[e.b] = self.live.iommufd.ioas(e.a)
                 elif e.kind in (Kind.HWPT, Kind.ADOPTED):
                     self.live.hwpts[e.b] = e.a
+                elif e.kind is Kind.PROVED:
+                    self._proved(e)
             self.result.resumed = "went on behind the commit point of a restore that was cut off"
             return True
         undone = self._undo_entries(journal)
@@ -334,7 +344,7 @@ class _Run:
     # ---- prove and take
 
     def _prove(self, manifest: Manifest, journal: Journal) -> None:
-        live, result = self.live, self.result
+        live = self.live
         assert live.iommufd is not None
         for n, entry in enumerate(manifest.hwpts):
             self.watch(self.policy.prove, n + 1, len(manifest.hwpts))
@@ -345,16 +355,21 @@ class _Run:
                 journal.add(Kind.HWPT, number, entry.token)
                 live.hwpts[entry.token] = number
                 compared = live.iommufd.compare(number, entry.token, capacity=self.capacity)
-                result.validate_ns += compared.compare_ns
-                result.pages += compared.pages
-                result.table_bytes += compared.table_bytes
-                result.layout_differences += compared.layout_differences
+                ns = compared.compare_ns
+                pages, table_bytes = compared.pages, compared.table_bytes
+                layout = compared.layout_differences
             else:
                 found = live.iommufd.adopt(ioas.id, entry.token, validate_only=True, capacity=self.capacity)
-                result.validate_ns += found.validate_ns
-                result.pages += found.pages
-                result.table_bytes += found.table_bytes
-                result.layout_differences += found.layout_differences
+                ns, pages, table_bytes = found.validate_ns, found.pages, found.table_bytes
+                layout = found.layout_differences
+            self._proved(journal.add(Kind.PROVED, pages, table_bytes, ns, layout))
+
+    def _proved(self, entry: Entry) -> None:
+        """Count one proof, this VMM's or its predecessor's."""
+        self.result.pages += entry.a
+        self.result.table_bytes += entry.b
+        self.result.validate_ns += entry.c
+        self.result.layout_differences += entry.d
 
     def _hwpt_alloc(self, manifest: Manifest, token: int, ioas_id: int) -> int:
         """A HWPT of the IOAS, for a device that is on the prior domain of ``token``."""
