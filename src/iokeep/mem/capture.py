@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,7 +197,9 @@ class Capture:
 def _read_limited(path: Path, limit: int) -> bytes:
     try:
         with path.open("rb") as file:
-            raw = file.read(limit + 1)
+            # read(limit) would allocate the limit.
+            size = os.fstat(file.fileno()).st_size
+            raw = file.read(min(size, limit) + 1)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
     if len(raw) > limit:
@@ -249,7 +253,9 @@ def _read_tables(path: Path) -> tuple[U64, U8]:
             data = _read_npy(archive, "data", path, size)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
+    except (
+        zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, RuntimeError, EOFError, ValueError,
+    ) as error:  # fmt: skip
         # RuntimeError: encrypted; NotImplementedError: a compression method that zipfile lacks
         raise InputError(f"{path}: not a readable .npz: {error}") from error
     if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] not in PAGE_SIZES:
@@ -277,6 +283,8 @@ def _read_npy(archive: zipfile.ZipFile, name: str, path: Path, file_size: int) -
     if len(members) != 1:
         raise InputError(f"{path}: {len(members)} members {name}.npy, wanted one")
     member = members[0]
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise InputError(f"{path}: {name}.npy is compressed by method {member.compress_type}, not by deflate")
     if member.compress_size > file_size or member.file_size > file_size * DEFLATE_RATIO + 4096:
         raise InputError(
             f"{path}: {name}.npy claims {member.file_size} bytes, more than {file_size} bytes can hold"
