@@ -2,6 +2,7 @@
 """ADOPT and COMPARE: what they prove, what they refuse, and what a restored device may do meanwhile."""
 
 import errno
+from dataclasses import replace
 
 import pytest
 from liveupdate_support import (
@@ -17,6 +18,9 @@ from liveupdate_support import (
 
 from iokeep.iommufd.client import Iommufd, NotEqual, VfioDevice
 from iokeep.pt.walk import walk
+from iokeep.soft.kernel import boot
+from iokeep.soft.kernel.freeze import Freeze
+from iokeep.soft.kernel.profiles import profile_of
 
 
 @pytest.fixture
@@ -164,19 +168,8 @@ def test_errnos_of_adopt(after):
     assert other.liveupdate_info() == []
 
 
-@pytest.mark.parametrize(
-    ("change", "number"),
-    [
-        (
-            lambda prior: setattr(prior, "unsupported", "features x are not in the tested set"),
-            errno.EOPNOTSUPP,
-        ),
-        (lambda prior: setattr(prior, "fault", "top level 9"), errno.EUCLEAN),
-    ],
-)
-def test_records_that_cannot_be_used(after, change, number):
-    prior = next(iter(after.host.carrier.priors.domains.values()))
-    change(prior)
+def cannot_be_used(after, number):
+    after.dev_id = after.device.bind(after.iommufd)
     after.replay()
     with fails(number):
         after.iommufd.adopt(after.ioas.id, HWPT_TOKEN)
@@ -185,8 +178,33 @@ def test_records_that_cannot_be_used(after, change, number):
         after.iommufd.compare(hwpt, HWPT_TOKEN)
     with fails(errno.EPERM):
         after.device.attach(hwpt)
+    with fails(errno.EBUSY):
+        after.session.finish()
     after.host.run()
     clean(after.host)
+
+
+@pytest.mark.parametrize("formats", [{}, {"x86_64": frozenset()}], ids=["format", "feature"])
+def test_what_is_not_in_the_tested_set(hosts, monkeypatch, formats):
+    params = {"iommu": "scalable-fs"}  # x86_64 with the feature sign_extend
+    host = hosts(params=params)
+    guest = Guest(host).start().preserve()
+    monkeypatch.setattr(boot, "profile_of", lambda name: replace(profile_of(name), formats=formats))
+    cannot_be_used(guest.kexec("soft-7.4", params).retrieve(), errno.EOPNOTSUPP)
+
+
+@pytest.mark.parametrize("change", [{"top_level": 9}, {"root_pa": 0x1000}], ids=["level", "root"])
+def test_a_record_that_contradicts_itself(host, monkeypatch, change):
+    guest = Guest(host).start().preserve()
+    add_domain = Freeze.add_domain
+
+    def wrong(self, domain):
+        index = add_domain(self, domain)
+        self.domains[index] = replace(self.domains[index], **change)
+        return index
+
+    monkeypatch.setattr(Freeze, "add_domain", wrong)
+    cannot_be_used(guest.kexec().retrieve(), errno.EUCLEAN)
 
 
 def test_adopt_can_be_undone(after):

@@ -5,12 +5,14 @@ import errno
 
 import numpy as np
 import pytest
-from liveupdate_support import Guest, check_audit, clean, fails
+from liveupdate_support import SEALS, Guest, check_audit, clean, fails
 
 from iokeep.errors import IokeepError
+from iokeep.handover.check import check
 from iokeep.handover.reader import read_handover
 from iokeep.iommufd.client import VfioDevice
 from iokeep.luo.client import LiveUpdate
+from iokeep.pt.digest import digest
 from iokeep.soft.hardware import bar
 
 
@@ -129,6 +131,35 @@ def metadata_bytes(host):
     handover = read_handover(host.platform.ram, host.platform.boot.fdt_addr)
     assert not handover.problems
     return handover.pages
+
+
+@pytest.mark.parametrize("placement", ["2m-scattered", "4k-random"])
+def test_what_is_handed_over_reads_well(hosts, placement):
+    """The reader of real images finds nothing wrong; every frame that DMA reaches is preserved."""
+    host = hosts(params={"placement": placement}, devices=False)
+    guest = Guest(host).start().preserve()
+    pfns = next(f for f in host.kernel.files.values() if f.name == "ram").pfns.copy()
+    domain = guest.host.kernel.vtd.devices[0].domain
+    shown = domain.table.leaves().extents()
+    guest.transport.reboot_kexec()
+    found = read_handover(host.platform.ram, host.platform.boot.fdt_addr)
+    assert check(found) == []
+    assert found.liveupdate_num == 1
+    (session,) = found.sessions
+    assert [f.kind for f in session.files] == ["memfd", "iommufd", "vfio-pci"]
+    assert session.files[0].memfd.seals == SEALS
+    assert np.array_equal(session.files[0].memfd.frames()[1], pfns.astype(np.uint64))
+    assert (9 in found.preserved.by_order) == (placement == "2m-scattered")
+    for pa, iova, last in zip(shown.pa.tolist(), shown.iova.tolist(), shown.last.tolist(), strict=True):
+        frames = np.arange(pa >> 12, (pa + last - iova >> 12) + 1, dtype=np.uint64)
+        assert found.preserved.contains(frames).all()
+    (record,) = found.iommu.domains
+    assert record.digest == digest(domain.fmt, host.platform.ram, domain.root_pa, record.digest_key)
+    assert record.mapped_bytes == sum(length for _, length, _, _ in guest.areas)
+    assert found.preserved.contains(record.table_pages >> np.uint64(12)).all()
+    areas = session.files[1].record.ioases[0]
+    assert areas.iova.tolist() == [a[0] for a in guest.areas]
+    assert areas.offset.tolist() == [a[2] for a in guest.areas]
 
 
 def test_damaged_bytes_never_do_damage(hosts):

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from iokeep.errors import InputError, IokeepError
+from iokeep.errors import IokeepError
 from iokeep.handover.iommu import DomainRecord
 from iokeep.pt.compare import Mismatch, Verdict
 from iokeep.pt.diff import diff
@@ -61,17 +61,17 @@ FREED = "freed"
 class PriorDomain:
     """A domain whose tables came over the kexec.
 
-    :param pfns: frames of its tables. :param fmt: its format, None where this kernel cannot read it.
+    :param pfns: frames of its tables. :param fmt: its format.
     :param fault: why the record cannot be used (EUCLEAN), or "". :param unsupported: why it is not in the
         tested set (EOPNOTSUPP), or "".
     :param token: of its HWPT; None until the iommufd's record says so. ``devices``: the restored devices on
         it.
-    ``domain``: the driver's domain around the tables, from boot on, where the format is known.
+    ``domain``: the driver's domain around the tables, from boot on.
     """
 
     record: DomainRecord
     pfns: I64
-    fmt: Format | None = None
+    fmt: Format
     fault: str = ""
     unsupported: str = ""
     token: int | None = None
@@ -191,23 +191,22 @@ class Priors:
     # ---- boot
 
     def add(self, record: DomainRecord, pfns: I64, fault: str) -> PriorDomain:
-        """A prior domain as its record says; ``fault`` where the record cannot be used."""
-        prior = PriorDomain(record, pfns, fault=fault)
+        """A prior domain as its record says; ``fault`` where the record cannot be used.
+
+        :raises InputError: this kernel cannot read such tables at all.
+        """
+        fmt = open_format(record.format, dict(record.config))
+        prior = PriorDomain(record, pfns, fmt, fault=fault)
         known = self.profile.formats.get(record.format)
         if known is None:
             prior.unsupported = f"format {record.format!r} is not in the tested set of {self.profile.name}"
         elif unknown := sorted(set(record.features) - known):
             prior.unsupported = f"features {', '.join(unknown)} of {record.format} are not in the tested set"
-        else:
-            try:
-                prior.fmt = open_format(record.format, dict(record.config))
-            except InputError as error:
-                prior.unsupported = error.what
-        if prior.fmt is not None and dict(prior.fmt.config) != dict(record.config):
+        elif dict(fmt.config) != dict(record.config):
             config = dict(record.config)
             prior.unsupported = f"configuration {config} of {record.format} is not in the tested set"
-        if prior.fmt is not None and not prior.fault and record.top_level != prior.fmt.top_level:
-            prior.fault = f"top level {record.top_level}, the format has {prior.fmt.top_level}"
+        if not fault and record.top_level != fmt.top_level:
+            prior.fault = f"top level {record.top_level}, the format has {fmt.top_level}"
         self.domains[record.index] = prior
         return prior
 
@@ -325,8 +324,8 @@ class Priors:
         prior = self._prior(ictx, cmd.hwpt_token)
         ioas.check_mutable()
         domain, fmt = prior.domain, prior.fmt
-        if domain is None or fmt is None:
-            raise AssertionError("a readable prior domain without a domain")
+        if domain is None:
+            raise AssertionError("a held prior domain without a domain")
         if not trust:
             self._validate(cmd, call, ioas, prior, fmt)
         cmd.out_hwpt_id = 0
@@ -376,7 +375,6 @@ class Priors:
         hwpt = ictx.hwpt(cmd.hwpt_id)
         prior = self._prior(ictx, cmd.hwpt_token)
         fmt = prior.fmt
-        assert fmt is not None
         capacity = min(cmd.mismatch_capacity, MAX_MISMATCHES)
         ram = self.kernel.frames.ram
         start = time.perf_counter_ns()

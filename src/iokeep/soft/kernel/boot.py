@@ -427,7 +427,6 @@ class Carrier:
             fault = f"root {root_pa:#x} is not among its {len(pages)} table pages"
             root_pa = int(pages[0])  # never used: ADOPT and COMPARE refuse a record with a fault
         prior = self.priors.add(record, pfns, fault)
-        assert prior.fmt is not None
         prior.domain = self.kernel.vtd.restore_domain(prior.fmt, root_pa, record.domain_id, pages)
 
     def _all_finished(self) -> None:

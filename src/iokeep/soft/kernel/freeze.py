@@ -100,7 +100,7 @@ class Freeze:
         return index
 
     def _stale_copy(self, domain: Domain) -> tuple[int, U64]:
-        """A table as it may have been earlier: the last pages show the frames of the first ones."""
+        """A table as it may have been earlier: the last pages of a run show the frames of its first ones."""
         ram = self.kernel.frames.ram
         pages: list[int] = []
 
@@ -112,17 +112,18 @@ class Freeze:
         old, _ = extents(domain.fmt, ram, domain.root_pa)
         if not len(old):
             raise SysError(errno.EINVAL, "stale_root: the domain maps nothing")
-        pa = old.pa.copy()
-        rows = [
-            (int(i), int(la), int(p), int(b))
-            for i, la, p, b in zip(old.iova, old.last, pa, old.prot, strict=True)
-        ]
-        iova, last, last_pa, prot = rows.pop()
-        n = min(_STALE_PAGES, (last - iova + 1) // FRAME_BYTES)
+        columns = (old.iova.tolist(), old.last.tolist(), old.pa.tolist(), old.prot.tolist())
+        rows = list(zip(*columns, strict=True))
+        longest = max(range(len(rows)), key=lambda i: rows[i][1] - rows[i][0])
+        iova, last, pa, prot = rows.pop(longest)
+        total = (last - iova + 1) // FRAME_BYTES
+        n = min(_STALE_PAGES, max(total // 2, 1))
         cut = last + 1 - n * FRAME_BYTES
         if cut > iova:
-            rows.append((iova, cut - 1, last_pa, prot))
-        rows.append((cut, last, int(old.pa[0]), prot))
+            rows.append((iova, cut - 1, pa, prot))
+            rows.append((cut, last, pa, prot))
+        else:  # single pages only: it shows the frame of another one
+            rows.append((cut, last, int(old.pa[0 if longest else -1]), prot))
         table = Table.create(domain.fmt, ram, alloc, lambda gone: None)
         table.map(Extents.of(rows))
         self.kernel.log(f"stale_root: domain {domain.domain_id} is recorded with root {table.root_pa:#x}")
