@@ -2,7 +2,12 @@
 """The host with real processes: the kernel ends and begins while a device works."""
 
 import os
+import shutil
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from liveupdate_support import AREAS, DEVICE_TOKEN, HWPT_TOKEN, IOMMUFD_TOKEN, RAM_TOKEN, Guest
@@ -99,3 +104,33 @@ def test_stop_leaves_nothing(host):
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+_PARENT = """
+import sys, time
+from iokeep.soft.host import SoftHost
+host = SoftHost.create(64 << 20, 1)
+print(*[c.process.pid for c in (*host.kernels, *host.devices)], host.directory, flush=True)
+time.sleep(60)
+"""
+
+
+def _alive(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
+def test_children_end_with_their_parent(number):
+    parent = subprocess.Popen([sys.executable, "-c", _PARENT], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    *pids, directory = parent.stdout.readline().split()
+    assert len(pids) == 2
+    parent.send_signal(number)
+    parent.communicate(timeout=30)
+    _wait(lambda: not any(_alive(int(pid)) for pid in pids))
+    if number == signal.SIGINT:  # it could still tidy up
+        assert not Path(directory.decode()).exists()
+    shutil.rmtree(directory.decode(), ignore_errors=True)
