@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
+import itertools
 import os
 import struct
 from collections.abc import Iterator
@@ -225,8 +227,13 @@ class Caller:
         self.ioctl(fd, vfio.VFIO_DEVICE_DETACH_IOMMUFD_PT, cmd)
 
 
+_boots = itertools.count()
+
+
 def boot(ram: int = 32 * MIB, devices: int = 2, **params: str) -> Kernel:
     """A booted kernel on a new platform; ``__`` in a parameter's name stands for a dot."""
+    if next(_boots) % 32 == 0:
+        gc.collect()  # a kernel and its modules refer to each other: its mapped memfds go with the collector
     platform = Platform.create(ram, devices)
     words = Params({key.replace("__", "."): value for key, value in params.items()})
     kernel = Kernel(platform, "soft-7.3", words, Klog(None))
@@ -236,7 +243,7 @@ def boot(ram: int = 32 * MIB, devices: int = 2, **params: str) -> Kernel:
 
 
 def settled(kernel: Kernel) -> None:
-    """End all processes; nothing may be left, lost or warned of."""
+    """End all processes; nothing may be left, lost or warned of. The machine is switched off."""
     kernel.shutdown()
     audit = kernel.audit()
     assert (audit.leaked, audit.wrongly_freed, audit.bad_unpins, audit.bad_puts) == (0, 0, 0, 0), audit
@@ -245,6 +252,7 @@ def settled(kernel: Kernel) -> None:
     )
     assert kernel.files == {}
     assert kernel.warnings == 0, kernel.klog.text()
+    kernel.platform.close()
 
 
 @contextmanager

@@ -740,6 +740,8 @@ def test_fault_queue(c, fd, ioas, dev):
         size=48, flags=uapi.IOMMU_HWPT_FAULT_ID_VALID, dev_id=dev[1], pt_id=ioas, fault_id=cmd.out_fault_id
     )
     c.ioctl(fd, uapi.IOMMU_HWPT_ALLOC, hwpt)
+    with refused(errno.ENODEV):
+        c.attach(dev[0], hwpt.out_hwpt_id)  # the device has no PRI
     c.close(cmd.out_fault_fd)
     with refused(errno.EBUSY):
         c.destroy(fd, cmd.out_fault_id)

@@ -272,3 +272,8 @@ def test_reboot_ends_the_kernel_and_leaves_memory(machine):
     assert len(mine) >= 1
     assert any(machine.platform.ram.read(int(p) * 4096, 11) == b"still there" for p in mine)
     t.disconnect()
+
+
+def test_the_kernel_does_not_load_a_compiler():
+    code = "import sys, iokeep.soft.kernel.__main__; sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

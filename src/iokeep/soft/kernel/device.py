@@ -103,11 +103,17 @@ class IommufdDevice(IommufdObject):
         self.iommufd.add(hwpt)
         return hwpt.id
 
+    def _check(self, hwpt: HwptPaging) -> None:
+        """:raises SysError: ENODEV: a fault queue (intel_iommu_enable_iopf: no PRI); modules refuse too."""
+        if hwpt.fault is not None:
+            raise SysError(errno.ENODEV, f"{self.dev.name} has no PRI: HWPT {hwpt.id} has a fault queue")
+        for check in self.iommufd.kernel.attach_checks:
+            check(self, hwpt)
+
     def attach_hwpt(self, hwpt: HwptPaging) -> None:
         """iommufd_hw_pagetable_attach for a device that is not attached."""
         kernel = self.iommufd.kernel
-        for check in kernel.attach_checks:
-            check(self, hwpt)
+        self._check(hwpt)
         hwpt.ioas.reserve(MSI_WINDOW, self)
         before = self.dev.domain
         try:
@@ -130,8 +136,7 @@ class IommufdDevice(IommufdObject):
         if hwpt is old:
             return
         kernel = self.iommufd.kernel
-        for check in kernel.attach_checks:
-            check(self, hwpt)
+        self._check(hwpt)
         other_ioas = hwpt.ioas is not old.ioas
         if other_ioas:
             hwpt.ioas.reserve(MSI_WINDOW, self)

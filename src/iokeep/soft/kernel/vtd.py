@@ -412,7 +412,7 @@ class Vtd:
         From one domain to another there is no instant without translation. :raises SysError: ENOMEM; nothing
         changed.
         """
-        old = dev.domain
+        old, aside = dev.domain, 0
         if domain is old:
             return
         try:
@@ -421,7 +421,7 @@ class Vtd:
             elif old is None:
                 self._attach(dev, domain)
             else:
-                self._replace(dev, domain)
+                aside = self._replace(dev, domain)
         except OutOfMemory as error:
             raise SysError(errno.ENOMEM, f"{dev.name}: {error}") from error
         dev.domain = domain
@@ -430,7 +430,8 @@ class Vtd:
         if old is not None:
             self._flush_device(dev, old.domain_id)
             old.devices.discard(dev)
-        self._free_aside()
+        if aside:
+            self.kernel.frames.put(np.array([aside >> FRAME_SHIFT], np.int64))
 
     def _attach(self, dev: PciDevice, domain: Domain) -> None:
         """From blocked: fill the entry, its present bit last. Not-present entries are not cached (CAP.CM =
@@ -445,7 +446,7 @@ class Vtd:
                 codec.context_entry_pa(context, dev.bdf, scalable=False), self._context_entry(domain)
             )
 
-    def _replace(self, dev: PciDevice, domain: Domain) -> None:
+    def _replace(self, dev: PciDevice, domain: Domain) -> int:
         """From one domain to another: a copy of the table with the entry, switched to by one 64-bit store."""
         ram = self.kernel.frames.ram
         aside = self._page()
@@ -465,15 +466,7 @@ class Vtd:
             )
             ram.store64(codec.root_entry_pa(self._at.root_pa, dev.bdf), codec.root_entry(aside)[0])
             self._at.contexts[bus] = aside
-        self._aside = old
-
-    _aside = 0
-
-    def _free_aside(self) -> None:
-        """After the flush: the table that hardware was switched away from."""
-        if self._aside:
-            self.kernel.frames.put(np.array([self._aside >> FRAME_SHIFT], np.int64))
-            self._aside = 0
+        return old
 
     def _block(self, dev: PciDevice) -> None:
         """Clear the entry, its present bit first."""
