@@ -160,7 +160,7 @@ class File:
         """fcntl(F_GET_SEALS)."""
         raise SysError(errno.EINVAL, f"{self.kind_name} has no seals")
 
-    def map_pages(self, offset: int, length: int, *, writable: bool) -> tuple[I64 | None, list[Backing]]:
+    def map_pages(self, offset: int, length: int, *, writable: bool) -> tuple[I64 | None, Backing]:
         """Frames (each with a new reference) and backing of a new mapping."""
         raise SysError(errno.ENODEV, f"{self.kind_name} cannot be mapped")
 
@@ -401,7 +401,7 @@ class PageFile(File):
             at = int(pfns[-1]) * FRAME_BYTES
             ram[at : at + tail] = source[-tail:]
 
-    def map_pages(self, offset: int, length: int, *, writable: bool) -> tuple[I64 | None, list[Backing]]:
+    def map_pages(self, offset: int, length: int, *, writable: bool) -> tuple[I64 | None, Backing]:
         """A mapping: every page is filled in now.
 
         :raises SysError: EFAULT past the end (SIGBUS later, in Linux).
@@ -586,7 +586,7 @@ class Memfd(PageFile):
                 raise SysError(errno.EBUSY, f"{self.name}: pages are pinned")
         self.seals |= seals
 
-    def map_pages(self, offset: int, length: int, *, writable: bool) -> tuple[I64 | None, list[Backing]]:
+    def map_pages(self, offset: int, length: int, *, writable: bool) -> tuple[I64 | None, Backing]:
         """A shared mapping.
 
         :raises SysError: EPERM where writes are sealed; EINVAL past the end of the file.

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from iokeep.soft.kernel.frames import FRAME_BYTES, I64, Claim
 from iokeep.soft.kernel.syserror import SysError
@@ -44,13 +45,10 @@ class NoUserMemory:
         raise OSError(errno.EFAULT, "no user memory")
 
 
-@dataclass(frozen=True, slots=True)
-class Backing:
-    """Consecutive bytes behind a mapping: ``target`` 0 = physical memory, 1 = registers."""
-
-    target: int
-    start: int
-    length: int
+#: Consecutive bytes behind a mapping, one row an extent, laid out as :data:`iokeep.uapi.wire.EXTENT`: ``target``
+#: 0 = physical memory, 1 = registers; ``start`` and ``length`` in bytes.
+BACKING = np.dtype([("target", "<u4"), ("pad", "<u4"), ("start", "<u8"), ("length", "<u8")])
+Backing = NDArray[np.void]
 
 
 @dataclass(eq=False, slots=True)
@@ -70,7 +68,7 @@ class Vma:
     offset: int
     writable: bool
     pfns: I64 | None
-    backing: list[Backing] = field(default_factory=list)
+    backing: Backing
 
     @property
     def last(self) -> int:
@@ -222,13 +220,12 @@ class Process:
         ]
 
 
-def backing_of(pfns: I64) -> list[Backing]:
+def backing_of(pfns: I64) -> Backing:
     """Extents of physical memory behind consecutive pages, adjacent frames joined."""
     if not len(pfns):
-        return []
+        return np.zeros(0, BACKING)
     first = np.flatnonzero(np.concatenate(([True], np.diff(pfns) != 1)))
-    count = np.diff(np.append(first, len(pfns)))
-    return [
-        Backing(0, int(pfn) * FRAME_BYTES, int(n) * FRAME_BYTES)
-        for pfn, n in zip(pfns[first].tolist(), count.tolist(), strict=True)
-    ]
+    rows = np.zeros(len(first), BACKING)
+    rows["start"] = pfns[first] * FRAME_BYTES
+    rows["length"] = np.diff(np.append(first, len(pfns))) * FRAME_BYTES
+    return rows

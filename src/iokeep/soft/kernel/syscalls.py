@@ -146,8 +146,7 @@ def _mmap(kernel: Kernel, process: Process, request: Request) -> Result:
             file.put()  # the mapping alone keeps it
     else:
         vma = process.add_vma(hva, length, process.file(request.fd), offset)
-    rows = b"".join(wire.EXTENT.pack(b.target, 0, b.start, b.length) for b in vma.backing)
-    return Result(vma.vma_id, rows)
+    return Result(vma.vma_id, vma.backing.tobytes())
 
 
 def _munmap(kernel: Kernel, process: Process, request: Request) -> Result:

@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
+
 from iokeep.soft.hardware import bar
 from iokeep.soft.kernel.device import IommufdDevice
 from iokeep.soft.kernel.files import File, Ioctl
 from iokeep.soft.kernel.frames import FRAME_BYTES, I64
 from iokeep.soft.kernel.iommufd import Iommufd
-from iokeep.soft.kernel.process import Backing
+from iokeep.soft.kernel.process import BACKING, Backing
 from iokeep.soft.kernel.syserror import SysError
 from iokeep.uapi import vfio as uapi
 from iokeep.uapi.copy_struct import copy_struct_in
@@ -123,13 +125,13 @@ class VfioDeviceFile(File):
         self.kernel.platform.bars[self.dev.index].write(at, data)
         return len(data)
 
-    def map_pages(self, offset: int, length: int, *, writable: bool) -> tuple[I64 | None, list[Backing]]:
+    def map_pages(self, offset: int, length: int, *, writable: bool) -> tuple[I64 | None, Backing]:
         """mmap of BAR 0."""
         at = self._region(offset, length)
         if at % FRAME_BYTES:
             raise SysError(errno.EINVAL, f"{self.name}: offset {offset:#x} is not page-aligned")
         start, _ = self.kernel.platform.bar_extent(self.dev.index)
-        return None, [Backing(1, start + at, length)]
+        return None, np.array([(1, 0, start + at, length)], BACKING)
 
 
 def _take(struct: type[_Struct], call: Ioctl) -> _Struct:
