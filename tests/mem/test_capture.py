@@ -65,9 +65,8 @@ def test_save_and_load(tmp_path):
     rng = np.random.default_rng(1)
     data = rng.integers(0, 256, (3, 16384), np.uint8)
     pas = np.array([0xC0000, 0x8000, 2**63], np.uint64)
-    truth = tuple(np.array(v, t) for v, t in zip(
-        ([0, 2**64 - 4096], [4095, 2**64 - 1], [2**63, 0], [3, 2]), (np.uint64,) * 3 + (np.uint8,), strict=True
-    ))  # fmt: skip
+    columns = ([0, 2**64 - 4096], [4095, 2**64 - 1], [2**63, 0])
+    truth = (*(np.array(v, np.uint64) for v in columns), np.array([3, 2], np.uint8))
     meta = {"format": "x", "config": {"a": 1}, "root_pa": "0x8000", "kernel": "k"}
     Capture(meta, pas, data).save(tmp_path / "c", truth)
     back = Capture.load(tmp_path / "c")

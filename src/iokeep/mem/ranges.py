@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Closed ranges ``[start, last]`` of 64-bit values, as in the uAPI: the whole space has no length that fits."""
+"""Closed ranges ``[start, last]`` of 64-bit values, as in the uAPI: the whole space has no u64 length."""
 
 from __future__ import annotations
 

@@ -177,11 +177,11 @@ class Table:
         items = (
             int(length.sum()) >> self.fmt.levels[0].shift if len(extents) <= _SMALL_EXTENTS else _SMALL_ITEMS
         )
-        runs = choose_leaves(self.fmt, iova, length, extents.pa, extents.prot, max_lg2)
         if items < _SMALL_ITEMS:
-            self._map_small(runs)
+            columns = (iova.tolist(), length.tolist(), extents.pa.tolist(), extents.prot.tolist())
+            self._map_small([run for row in zip(*columns, strict=True) for run in self._runs(*row, max_lg2)])
         else:
-            self._map_arrays(runs)
+            self._map_arrays(choose_leaves(self.fmt, iova, length, extents.pa, extents.prot, max_lg2))
 
     def _checked(self, extents: Extents) -> tuple[U64, U64]:
         """Raw iovas and lengths. :raises ValueError: not expressible."""
@@ -206,7 +206,37 @@ class Table:
             raise ValueError("an extent has neither read nor write permission")
         return extents.iova & np.uint64((1 << fmt.input_lg2) - 1), length
 
-    def _map_small(self, runs: list[_Runs]) -> None:
+    def _runs(
+        self, iova: int, length: int, pa: int, prot: int, max_lg2: int | None
+    ) -> list[tuple[int, int, int, int, int]]:
+        """:func:`choose_leaves` of one extent, in order: (level, raw iova, items, pa, prot)."""
+        sizes = self._sizes(max_lg2)
+        out = []
+        while length:
+            fits = (
+                i for i, (_, lg2) in enumerate(sizes) if length >> lg2 and not (iova | pa) & ((1 << lg2) - 1)
+            )
+            n = next(fits)
+            level, lg2 = sizes[n]
+            count = length >> lg2
+            if n:  # up to where a larger leaf fits
+                larger = 1 << sizes[n - 1][1]
+                ahead = -iova & (larger - 1)
+                if not (iova ^ pa) & (larger - 1) and ahead and ahead + larger <= length:
+                    count = ahead >> lg2
+            out.append((level, iova, count, pa, prot))
+            iova, pa, length = iova + (count << lg2), pa + (count << lg2), length - (count << lg2)
+        return out
+
+    def _sizes(self, max_lg2: int | None) -> list[tuple[int, int]]:
+        """(level, log2 size) of the leaves, from large to small."""
+        levels = enumerate(self.fmt.levels)
+        sizes = [(n, s.shift) for n, s in levels if s.leaf and (max_lg2 is None or s.shift <= max_lg2)]
+        if not sizes:
+            raise ValueError(f"{self.fmt.name} has no leaf of at most 2**{max_lg2} bytes")
+        return sizes[::-1]
+
+    def _map_small(self, runs: list[tuple[int, int, int, int, int]]) -> None:
         fmt = self.fmt
         # (level, key) -> row, or -1 where the table is still to be allocated
         rows: dict[tuple[int, int], int] = {(fmt.top_level, 0): self._row(self.root_pa)}
@@ -232,37 +262,30 @@ class Table:
         todo: list[tuple[int, int, int, int, int, int]] = []
         replaced: list[U64] = []
         occupied = np.uint64(fmt.occupied_mask)
-        for run in runs:
-            spec = fmt.levels[run.level]
-            for iova, count, pa, prot in zip(
-                run.iova.tolist(), run.count.tolist(), run.pa.tolist(), run.prot.tolist(), strict=True
-            ):
-                while count:
-                    key, index = (
-                        iova >> (spec.shift + spec.index_bits),
-                        (iova >> spec.shift) & (spec.items - 1),
-                    )
-                    n = min(count, spec.items - index)
-                    row = resolve(run.level, key, iova)
-                    if row >= 0:
-                        there = (
-                            self._words[row, index : index + n].astype(np.uint64, copy=False) ^ self._invert
-                        )
-                        busy = np.flatnonzero(there & occupied)
-                        if len(busy):
-                            at = np.uint64(iova) + (busy.astype(np.uint64) << np.uint64(spec.shift))
-                            replaced += self._emptied(run.level, there[busy], at)
-                    todo.append((run.level, key, index, n, pa, prot))
-                    iova, count, pa = iova + (n << spec.shift), count - n, pa + (n << spec.shift)
+        for level, iova, count, pa, prot in runs:
+            spec = fmt.levels[level]
+            while count:
+                key, index = iova >> (spec.shift + spec.index_bits), (iova >> spec.shift) & (spec.items - 1)
+                n = min(count, spec.items - index)
+                row = resolve(level, key, iova)
+                if row >= 0:
+                    there = self._words[row, index : index + n].astype(np.uint64, copy=False) ^ self._invert
+                    busy = np.flatnonzero(there & occupied)
+                    if len(busy):
+                        at = np.uint64(iova) + (busy.astype(np.uint64) << np.uint64(spec.shift))
+                        replaced += self._emptied(level, there[busy], at)
+                todo.append((level, key, index, n, pa, prot))
+                iova, count, pa = iova + (n << spec.shift), count - n, pa + (n << spec.shift)
         pas: dict[tuple[int, int], int] = {}
         if new:
             for place, table in zip(new, self._alloc(len(new)).tolist(), strict=True):
                 pas[place] = table
                 rows[place] = self._row(table)
         for level, key, index, n, pa, prot in todo:
-            step = np.arange(n, dtype=np.uint64) << np.uint64(fmt.levels[level].shift)
-            items = fmt.leaf_items(level, np.uint64(pa) + step, np.full(n, prot, np.uint8))
-            self._words[rows[level, key], index : index + n] = items
+            spec = fmt.levels[level]
+            step = np.arange(n, dtype=np.uint64) << np.uint64(spec.shift)
+            first = np.uint64(pa | spec.prot_bits[prot] | spec.leaf_base)
+            self._words[rows[level, key], index : index + n] = (step + first) ^ self._invert
         # The lowest first: what hardware can reach is complete at every moment.
         for (level, key), table in sorted(pas.items()):
             bits = fmt.levels[level + 1].index_bits
@@ -386,6 +409,20 @@ class Table:
 
     def _write(self, seg: _Segments, rows: I64) -> None:
         spec = self.fmt.levels[seg.level]
+        full = np.flatnonzero(seg.count == spec.items)
+        if len(full) and self._tm.plain:
+            first = self.fmt.leaf_items(seg.level, seg.pa[full], seg.prot[full])
+            ramp = np.arange(spec.items, dtype=np.uint64) << np.uint64(spec.shift)
+            place = rows[seg.table[full]]
+            for n, row in enumerate(place.tolist()):
+                np.add(ramp, first[n], out=self._words[row])
+            if len(full) == len(seg.count):
+                return
+            rest = seg.count != spec.items
+            seg = _Segments(
+                seg.level, seg.key[rest], seg.index[rest], seg.count[rest], seg.pa[rest], seg.prot[rest],
+                seg.unique, seg.table[rest],
+            )  # fmt: skip
         flat = self._words.reshape(-1)
         for part in _batches(seg.count):
             where, owner, inner = _places(seg, rows, part, spec.items)
@@ -483,6 +520,8 @@ class Table:
         :raises MemoryAbsent: a table on the way is not in this memory.
         """
         fmt = self.fmt
+        if len(iovas) <= 8:
+            return np.array([self._one_to_phys(iova) for iova in iovas.tolist()], np.uint64)
         raw = iovas & np.uint64((1 << fmt.input_lg2) - 1)
         block = np.uint64(fmt.levels[0].shift + fmt.levels[0].index_bits)
         # Neighbours share all tables but the last look-up: walk once per run of them.
@@ -518,6 +557,21 @@ class Table:
         found = np.where(done, large, last)
         found[~fmt.covers_array(iovas)] = 0
         return found
+
+    def _one_to_phys(self, iova: int) -> int:
+        fmt = self.fmt
+        if not fmt.covers(iova):
+            return 0
+        row = self._row(self.root_pa)
+        for level in range(fmt.top_level, -1, -1):
+            spec = fmt.levels[level]
+            item = self._item(row, (iova >> spec.shift) & (spec.items - 1))
+            if not item & fmt.occupied_mask:
+                return 0
+            if self._is_leaf(level, item):
+                return (item & spec.leaf_pa_mask) | (iova & ((1 << spec.shift) - 1))
+            row = self._row(item & spec.table_pa_mask)
+        return 0
 
     def leaves(self, start: int = 0, last: int | None = None) -> Leaves:
         """The leaves that touch the IOVAs [start, last], sorted, as Linux sees them."""

@@ -36,20 +36,16 @@ def _plain_tables(
     items: U64, row: I64, kind: U8, word: U64, step: np.uint64, care: np.uint64, valid: np.uint64, out: U8
 ) -> None:
     """Tables of kind 0 (nothing expected) and 1 (one run): out[t] = 1 where proved."""
-    ramp = np.empty(items.shape[1], np.uint64)
-    value = _ZERO
-    for i in range(items.shape[1]):
-        ramp[i] = value
-        value = value + step
+    size = np.uint64(items.shape[1])
     for t in range(len(row)):
         table = items[row[t]]
         wrong = _ZERO
         if kind[t] == 1:
             first = word[t]
-            for i in range(len(table)):
-                wrong |= (table[i] ^ (first + ramp[i])) & care
+            for i in range(size):  # unsigned: no check for negative indices, and it vectorises
+                wrong |= (table[i] ^ (first + i * step)) & care
         elif kind[t] == 0:
-            for i in range(len(table)):
+            for i in range(size):
                 wrong |= table[i] & valid
         else:
             continue

@@ -301,7 +301,8 @@ def descend(tm: TableMemory, root_pa: int, start: int = 0, last: int | None = No
             base, pa, item, at = (np.zeros(0, np.uint64) for _ in range(4))
             prot = np.zeros(0, np.uint8)
         row = tm.rows.index(pa)
-        loop = np.isin(pa, seen)
+        place = np.minimum(np.searchsorted(seen, pa), len(seen) - 1)
+        loop = seen[place] == pa
         absent = (row < 0) & ~loop
         if loop.any() or absent.any():
             bad_rows = loop | absent
@@ -320,7 +321,7 @@ def descend(tm: TableMemory, root_pa: int, start: int = 0, last: int | None = No
         if len(pa) > SHARED_LIMIT and len(pa) - len(np.unique(pa)) > SHARED_LIMIT:
             raise _bomb(level, root_pa)
         pages.append(pa)
-        seen = np.concatenate((seen, pa)) if level > 1 else seen
+        seen = np.union1d(seen, pa) if level > 1 else seen
     if fmt.top_level == 0:  # a tree of one table: the root is level 0
         pages = pages[:1]
         row = tm.rows.index(pa)

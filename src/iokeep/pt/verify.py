@@ -12,6 +12,7 @@ not a table of level 0, is then *judged* range by range (``compare``), which is 
 
 from __future__ import annotations
 
+import os
 import sys
 
 import numpy as np
@@ -105,7 +106,9 @@ def _proved(
     kind = np.where(single, np.uint8(1), np.where(count == 0, np.uint8(0), np.uint8(2))).astype(np.uint8)
     if compiled is None:
         warm = "iokeep.pt.sweep" in sys.modules
-        compiled = len(base) * tm.fmt.table_bytes >= (COMPILED_WARM if warm else COMPILED_COLD)
+        compiled = os.environ.get("NUMBA_DISABLE_JIT", "0") == "0" and len(base) * tm.fmt.table_bytes >= (
+            COMPILED_WARM if warm else COMPILED_COLD
+        )
     if compiled and tm.plain:
         from iokeep.pt import sweep
 
