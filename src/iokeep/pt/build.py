@@ -96,8 +96,8 @@ class Table:
     def __init__(
         self, fmt: Format, mem: WritableMemory, root_pa: int, alloc: TableAllocator, free: TableFree
     ) -> None:
-        if fmt.root_bytes != fmt.table_bytes:
-            raise ValueError(f"{fmt.name}: building needs a root as large as a table")
+        if not fmt.in_words or fmt.root_bytes != fmt.table_bytes:
+            raise ValueError(f"{fmt.name}: building is not there yet")
         self.fmt = fmt
         self.mem = mem
         self.root_pa = root_pa
@@ -308,7 +308,7 @@ class Table:
             pas = items & np.uint64(self.fmt.levels[level].table_pa_mask)
             pages.append(pas)
             level -= 1
-            below = self._tm.items(self._rows(pas))
+            below = self._tm.items(self._rows(pas), level)
             table, index = np.nonzero(below & np.uint64(self.fmt.occupied_mask))
             items = below[table, index]
             iovas = iovas[table] + (index.astype(np.uint64) << np.uint64(self.fmt.levels[level].shift))
@@ -508,7 +508,8 @@ class Table:
         grants = (r.view(np.uint8) | (w.view(np.uint8) << np.uint8(1))) & np.uint8(prot)
         iova = np.uint64(base) + (index.astype(np.uint64) << np.uint64(spec.shift))
         pa = items & np.uint64(spec.leaf_pa_mask)
-        leaves = Items(iova, pa, np.full(n, level, np.uint8), grants, items, np.zeros(n, np.uint64))
+        levels, lg2 = np.full(n, level, np.uint8), np.full(n, spec.shift, np.uint8)
+        leaves = Items(iova, pa, levels, grants, items, np.zeros(n, np.uint64), lg2)
         return leaves, np.full(n, row, np.int64), index
 
     # -- looking ---------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iokeep.pt.extents import PROT_TEXT, U8, U64, Extents
-from iokeep.pt.tables import ABSENT, ATTRS, LOOP, REASONS, RESERVED
+from iokeep.pt.tables import ABSENT, ATTRS, CONTIG, LOOP, REASONS, RESERVED
 
 MISSING, EXTRA, PA, PROT = 5, 6, 7, 8
 TEXTS = {**REASONS, MISSING: "missing", EXTRA: "extra", PA: "pa", PROT: "prot"}
@@ -32,7 +32,7 @@ class Mismatch:
     :param found_pa: pa it translates to, None = nothing is there (or it cannot be said). :param found_prot:
     likewise.
     :param reason: missing, extra, pa, prot; reserved (a bit that must be zero), attrs (a memory attribute),
-        loop, absent (table memory is not there), root.
+        contig (items of a contiguous entry that disagree), loop, absent (table memory is not there), root.
     :param level: level of the item found, None where nothing is. :param text: one line for people.
     """
 
@@ -166,7 +166,7 @@ def _judge(
     f_prot = _at(f.prot, fi, has_f).astype(np.uint8)
     both = has_e & has_f
     reason = np.zeros(len(cuts), np.uint8)
-    reason[has_a] = ATTRS
+    reason[has_a] = _at(attrs.reason, ai, has_a)[has_a]
     reason[both & (e_prot != f_prot)] = PROT
     reason[both & (e_pa != f_pa)] = PA
     reason[has_e & ~has_f] = MISSING
@@ -174,7 +174,7 @@ def _judge(
     reason = np.where(has_o, _at(opaque.reason, oi, has_o), reason).astype(np.uint8)
     reason[find(*proved, cuts)[1]] = 0
     level = np.where(has_f, _at(f.level, fi, has_f), np.uint8(_NO_LEVEL))
-    level = np.where((reason == ATTRS) & has_a, _at(attrs.level, ai, has_a), level)
+    level = np.where(((reason == ATTRS) | (reason == CONTIG)) & has_a, _at(attrs.level, ai, has_a), level)
     level = np.where(has_o, _at(opaque.level, oi, has_o), level).astype(np.uint8)
     number = np.where(has_o, _at(opaque.number, oi, has_o), -1).astype(np.int64)
     everything = _Ranges(cuts, ends, has_e, e_pa, e_prot, has_f & ~has_o, f_pa, f_prot, reason, level, number)
@@ -313,6 +313,7 @@ def _mismatch(r: _Ranges, i: int) -> Mismatch:
         LOOP: f"the table that an item of level {level} points to serves at a higher level too",
         ABSENT: f"the table that an item of level {level} points to is not in the memory",
         ATTRS: f"memory attributes differ in an item of level {level}",
+        CONTIG: f"the items of a contiguous entry of level {level} do not agree",
     }.get(reason, f"expected {expected}, found {found}")
     return Mismatch(
         int(r.iova[i]), int(r.last[i]), e_pa, e_prot, f_pa, f_prot, TEXTS[reason], level,

@@ -211,7 +211,7 @@ def digest(fmt: Format, mem: Memory, root_pa: int, key: bytes) -> bytes:
     raise_unreadable(fmt, upper.problems)
     out = Digest(key)
     spec = fmt.levels[0]
-    if (spec.shift, spec.index_bits) != (12, 9):
+    if (spec.shift, spec.index_bits) != (12, 9) or not fmt.in_words:
         return _digest_leaves(tm, root_pa, key)
     large = Leaves.of(fmt, upper.leaves)
     alive = large.prot != 0

@@ -34,8 +34,7 @@ class Leaves:
     @classmethod
     def of(cls, fmt: Format, items: Items) -> Leaves:
         """From the engine's items, whose IOVAs are raw."""
-        shifts = np.array([level.shift for level in fmt.levels], np.uint8)
-        return cls(fmt.extend(items.iova), items.pa, shifts[items.level], items.prot, items.item)
+        return cls(fmt.extend(items.iova), items.pa, items.lg2, items.prot, items.item)
 
     @property
     def last(self) -> U64:
@@ -57,7 +56,8 @@ def raw_ranges(fmt: Format, start: int, last: int | None) -> list[tuple[int, int
     end = 2**64 - 1 if last is None else last
     top = 1 << fmt.input_lg2
     if not fmt.sign_extend:
-        return [(start, min(end, top - 1))] if start < top and start <= end else []
+        low, high = max(start - fmt.iova_base, 0), min(end - fmt.iova_base, top - 1)
+        return [(low, high)] if low <= high else []
     half = top // 2
     out = []
     if start < half:

@@ -18,12 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iokeep.errors import InputError, MemoryAbsent
-from iokeep.mem.memory import I64, U8, U64, Memory
-from iokeep.pt.formats.base import Format
+from iokeep.mem.memory import I64, U8, U64, Memory, Rows
+from iokeep.pt.formats.base import Format, LevelSpec, any_of
 
 #: reasons of problems, as verdicts name them
-RESERVED, ATTRS, LOOP, ABSENT = 1, 2, 3, 4
-REASONS = {RESERVED: "reserved", ATTRS: "attrs", LOOP: "loop", ABSENT: "absent"}
+RESERVED, ATTRS, LOOP, ABSENT, CONTIG = 1, 2, 3, 4, 9
+REASONS = {RESERVED: "reserved", ATTRS: "attrs", LOOP: "loop", ABSENT: "absent", CONTIG: "contig"}
+#: reasons of items that translate all the same
+SOFT = (ATTRS, CONTIG)
 
 #: so many visits to tables that were visited before are followed in one tree; beyond it is no table but a
 #: bomb
@@ -44,42 +46,77 @@ class TableMemory:
         self.fmt = fmt
         self.linux = linux
         self.mem = mem
-        self.rows = mem.rows(fmt.table_bytes)
-        #: rows of ``rows.data`` are uint64 items as they are
-        self.plain = fmt.item_bytes == 8 and fmt.byte_order == "<" and fmt.invert == 0
+        self._views: dict[int, Rows] = {}
+        #: per level: a table that begins at less than its size is so many rows
+        self.parts = [max(fmt.bytes_of(n) // fmt.table_align, 1) for n in range(len(fmt.levels))]
+        self.rows = self.view(0)
+        #: per level: rows are uint64 items as they are
+        self.plains = [fmt.item_bytes == 8 and fmt.byte_order == "<" and not s.invert for s in fmt.levels]
+        self.plain = self.plains[0]
+
+    def view(self, level: int) -> Rows:
+        """Memory as rows of the tables of this level, or of their parts."""
+        size = min(self.fmt.bytes_of(level), self.fmt.table_align)
+        view = self._views.get(size)
+        if view is None:
+            view = self._views[size] = self.mem.rows(size)
+        return view
 
     def present(self, level: int) -> np.uint64:
-        """Any of these bits makes an item present."""
-        return np.uint64(self.fmt.occupied_mask if self.linux else self.fmt.levels[level].valid_mask)
+        """No item is present without any of these bits."""
+        return np.uint64(self.fmt.occupied(level) if self.linux else self.fmt.levels[level].valid_mask)
+
+    def places(self, level: int, flat: U64) -> NDArray[np.intp]:
+        """Positions of the items that are present."""
+        here = np.flatnonzero(flat & self.present(level))
+        values = self.fmt.levels[level].valid_values
+        if values and not self.linux:
+            here = here[any_of(flat[here], values)]
+        return here
 
     @property
     def capacity(self) -> int:
         """Tables that this memory can hold at most."""
         return len(self.rows.data)
 
-    def _decode(self, raw: U8) -> U64:
+    def _decode(self, raw: U8, level: int) -> U64:
         items = raw.view(self.fmt.item_dtype)
-        if self.plain:
+        if self.plains[level]:
             return items.view(np.uint64)
-        return items.astype(np.uint64) ^ np.uint64(self.fmt.invert)
+        return items.astype(np.uint64) ^ np.uint64(self.fmt.levels[level].invert)
 
     def root(self, root_pa: int) -> U64:
         """Items of the root table, uint64[1, n]. :raises MemoryAbsent: it is not in this memory."""
         if root_pa % self.fmt.root_align or root_pa >> 64 or root_pa < 0:
             raise InputError(f"root_pa {root_pa:#x} is not a multiple of {self.fmt.root_align:#x}")
         raw = self.mem.read(root_pa, self.fmt.root_bytes)
-        return self._decode(np.frombuffer(raw, np.uint8)).reshape(1, -1)
+        return self._decode(np.frombuffer(raw, np.uint8), self.fmt.top_level).reshape(1, -1)
 
-    def items(self, rows: I64) -> U64:
-        """Items of the tables in ``rows`` (int64[n] row numbers), uint64[n, items]; may be a view of the
-        memory.
+    def index(self, level: int, pas: U64) -> I64:
+        """Row of the first part of each table of this level; -1 where any part of it is absent."""
+        view, parts = self.view(level), self.parts[level]
+        rows = view.index(pas)
+        step = np.uint64(view.data.shape[1])
+        for part in range(1, parts):
+            at = pas + np.uint64(part) * step
+            more = view.index(at)
+            rows[(more < 0) | (at < pas)] = -1
+        return rows
+
+    def items(self, rows: I64, level: int = 0) -> U64:
+        """Items of the tables in ``rows`` (int64[n] of :meth:`index`), uint64[n, items]; may be a view of
+        the memory.
         """
+        data, parts = self.view(level).data, self.parts[level]
+        if parts > 1:  # sound rows are followed by those of their other parts: pas and rows are in one order
+            chosen = (rows[:, None] + np.arange(parts)).reshape(-1)
+            return self._decode(np.take(data, chosen, axis=0), level).reshape(len(rows), -1)
         first, n = int(rows[0]) if len(rows) else 0, len(rows)
         if n and int(rows[-1]) - first == n - 1 and bool((rows[1:] > rows[:-1]).all()):
-            raw = self.rows.data[first : first + n]
+            raw = data[first : first + n]
         else:
-            raw = np.take(self.rows.data, rows, axis=0)
-        return self._decode(raw)
+            raw = np.take(data, rows, axis=0)
+        return self._decode(raw, level)
 
 
 @dataclass(slots=True)
@@ -119,8 +156,9 @@ class Problems:
 @dataclass(slots=True)
 class Items:
     """Leaves, sorted by raw iova: ``iova``, ``pa``, ``item``, ``at`` (pa of the item) uint64[n]; ``level``,
-    ``prot`` uint8[n].
+    ``prot``, ``lg2`` uint8[n].
 
+    A contiguous entry whose items agree is one leaf, with the first item. ``lg2`` is log2 of the bytes.
     ``prot`` is what the leaf *and* all items above it grant; 0 = present, but nothing may pass.
     """
 
@@ -130,19 +168,25 @@ class Items:
     prot: U8
     item: U64
     at: U64
+    lg2: U8
 
     def __len__(self) -> int:
         return len(self.iova)
 
+    def take(self, chosen: NDArray[np.bool_]) -> Items:
+        """Only the chosen ones."""
+        columns = ("iova", "pa", "level", "prot", "item", "at", "lg2")
+        return Items(*(getattr(self, c)[chosen] for c in columns))
+
     @classmethod
     def join(cls, parts: list[Items], *, sort: bool = False) -> Items:
         """All of them, in the order given or sorted by iova."""
-        columns = ("iova", "pa", "level", "prot", "item", "at")
+        columns = ("iova", "pa", "level", "prot", "item", "at", "lg2")
         if len(parts) == 1:
             return parts[0]
         if not parts:
             z8, z64 = np.zeros(0, np.uint8), np.zeros(0, np.uint64)
-            return cls(z64, z64, z8, z8, z64, z64)
+            return cls(z64, z64, z8, z8, z64, z64, z8)
         out = [np.concatenate([getattr(p, c) for p in parts]) for c in columns]
         if sort:
             order = np.argsort(out[0], kind="stable")
@@ -155,8 +199,8 @@ class Upper:
     """Everything above level 0: see :func:`descend`.
 
     ``leaves`` of levels above 0; ``base`` uint64[k] raw IOVA, ``pa`` uint64[k], ``row`` int64[k] and ``prot``
-    uint8[k] (of the items above) of each visit to a table of level 0, sorted by base; ``pages`` per level the
-    pas of the visits.
+    uint8[k] (of the items above) of each visit to a table of level 0, sorted by base; ``pages`` per level,
+    the root's first, the pas of the visits.
     """
 
     leaves: Items
@@ -172,6 +216,10 @@ class Upper:
         """Tables visited, the root included."""
         return sum(len(p) for p in self.pages)
 
+    def visited_bytes(self, fmt: Format) -> int:
+        """Bytes of the tables visited."""
+        return sum(len(p) * fmt.bytes_of(fmt.top_level - n) for n, p in enumerate(self.pages))
+
 
 def _prot(items: U64, r_mask: int, r_value: int, w_mask: int, w_value: int) -> U8:
     r = (items & np.uint64(r_mask)) == np.uint64(r_value)
@@ -184,81 +232,217 @@ def _spans(iova: U64, shift: int) -> U64:
     return iova + np.uint64((1 << shift) - 1)
 
 
-def _leaf_problems(
-    tm: TableMemory, level: int, iova: U64, items: U64, at: U64
-) -> tuple[Problems, NDArray[np.bool_] | None]:
-    """Problems of leaves, and which leaves are sound (None = all)."""
-    if tm.linux:
-        return Problems(), None
+def _contigs(spec: LevelSpec, items: U64) -> tuple[U8, NDArray[np.bool_] | None, U64 | None]:
+    """Of leaves: which contiguous entry each is part of (1 + its number in ``spec.contig``, 0 = none), which
+    claim one that there is not (None = none does), and the bits that are reserved in each.
+    """
+    run = np.zeros(len(items), np.uint8)
+    if spec.contig_select is not None:
+        mask, value = spec.contig_select
+        claim = (items & np.uint64(mask)) == np.uint64(value)
+        if not claim.any():
+            return run, None, None
+    reserved = np.full(len(items), spec.leaf_reserved, np.uint64)
+    for number, contig in enumerate(spec.contig, 1):
+        mine = (items & np.uint64(contig.mask)) == np.uint64(contig.value)
+        run[mine] = number
+        bits = spec.leaf_reserved & ~contig.mask if contig.reserved is None else contig.reserved
+        reserved[mine] = np.uint64(bits)
+    false = None
+    if spec.contig_select is not None:
+        false = claim & (run == 0)
+    return run, false, reserved
+
+
+def _leaves_of(
+    tm: TableMemory, level: int, iova: U64, items: U64, at: U64, upper: U8
+) -> tuple[Items, Problems]:
+    """Leaves from items that are leaves, in order of iova, and what is wrong with them.
+
+    :param upper: what the items above grant.
+    """
     spec = tm.fmt.levels[level]
-    reserved = (items & np.uint64(spec.leaf_reserved)) != 0
-    attrs = ((items & np.uint64(spec.leaf_attrs)) != np.uint64(spec.leaf_attrs_value)) & ~reserved
-    if not reserved.any() and not attrs.any():
-        return Problems(), None
-    bad = reserved | attrs
-    reason = np.where(reserved[bad], np.uint8(RESERVED), np.uint8(ATTRS))
-    where = iova[bad]
-    levels = np.full(len(where), level, np.uint8)
-    return Problems(where, _spans(where, spec.shift), reason, levels, at[bad], items[bad]), ~reserved
+    run: U8 | None = None
+    false: NDArray[np.bool_] | None = None
+    reserved_bits: U64 | None = None
+    if spec.contig:
+        run, false, reserved_bits = _contigs(spec, items)
+    problems: list[Problems] = []
+    if not tm.linux:
+        bits = np.uint64(spec.leaf_reserved) if reserved_bits is None else reserved_bits
+        reserved = (items & bits) != 0
+        if spec.leaf_bad:
+            reserved |= any_of(items, spec.leaf_bad)
+        if false is not None:
+            reserved |= false
+        attrs = (items & np.uint64(spec.leaf_attrs)) != np.uint64(spec.leaf_attrs_value)
+        if run is not None and any(c.attrs is not None for c in spec.contig):
+            for number, contig in enumerate(spec.contig, 1):
+                if contig.attrs is not None:
+                    mine = run == number
+                    attrs[mine] = (items[mine] & np.uint64(contig.attrs)) != np.uint64(
+                        contig.attrs_value or 0
+                    )
+        attrs &= ~reserved
+        if reserved.any() or attrs.any():
+            bad = reserved | attrs
+            reason = np.where(reserved[bad], np.uint8(RESERVED), np.uint8(ATTRS))
+            where = iova[bad]
+            levels = np.full(len(where), level, np.uint8)
+            last = _spans(where, spec.shift)
+            problems.append(Problems(where, last, reason, levels, at[bad], items[bad]))
+            if reserved.any():
+                sound = ~reserved
+                iova, items, at, upper = iova[sound], items[sound], at[sound], upper[sound]
+                run = None if run is None else run[sound]
+    leaves = Items(
+        iova,
+        spec.leaf_pas(items),
+        np.full(len(iova), level, np.uint8),
+        _prot(items, spec.r_mask, spec.r_value, spec.w_mask, spec.w_value) & upper,
+        items,
+        at,
+        np.full(len(iova), spec.shift, np.uint8),
+    )
+    if run is not None and run.any():
+        leaves, torn = _join_runs(tm, level, leaves, run)
+        if not tm.linux:
+            problems.append(torn)
+    return leaves, problems[0] if len(problems) == 1 else Problems.join(problems)
+
+
+def _join_runs(tm: TableMemory, level: int, leaves: Items, run: U8) -> tuple[Items, Problems]:
+    """Items of contiguous entries as one leaf each, where they agree. Each item's pa is set, in any case."""
+    spec = tm.fmt.levels[level]
+    count = np.array([0, *(c.lg2 for c in spec.contig)], np.uint64)[run]
+    hint = np.array([False, *(not c.replicated for c in spec.contig)], np.bool_)[run]
+    shift = np.uint64(spec.shift)
+    item_mask = np.uint64((1 << spec.shift) - 1)
+    whole = (np.uint64(1) << (count + shift)) - np.uint64(1)  # no entry is as large as 2**64
+    start = leaves.iova & ~whole
+    inner = leaves.iova & whole & ~item_mask
+    coded = (run != 0) & ~hint
+    pa = np.where(coded, (leaves.pa & ~whole) | inner, leaves.pa).astype(np.uint64)
+    fresh = np.concatenate((np.ones(1, np.bool_), (start[1:] != start[:-1]) | (run[1:] != run[:-1])))
+    fresh |= run == 0
+    first = np.flatnonzero(fresh)
+    owner = first[np.cumsum(fresh) - 1]
+    care = np.uint64(~spec.leaf_ignored & (2**64 - 1))
+    address = spec.leaf_pa_mask
+    for piece, _ in spec.pa_pieces:
+        address |= piece
+    differ = (leaves.item ^ leaves.item[owner]) & care
+    differ = np.where(hint, differ & np.uint64(~address & (2**64 - 1)), differ)
+    agree = (differ == 0) & (leaves.prot == leaves.prot[owner])
+    agree &= pa == pa[owner] + (leaves.iova - leaves.iova[owner])
+    agree &= ((pa[owner] & whole) == 0) | (run == 0)
+    members = np.diff(np.append(first, len(run)))
+    sound = np.logical_and.reduceat(agree, first) & (
+        members.astype(np.uint64) == np.uint64(1) << count[first]
+    )
+    torn = first[~sound]
+    joined = np.repeat(sound, members)
+    lg2 = np.where(joined, count.astype(np.uint8) + leaves.lg2, leaves.lg2).astype(np.uint8)
+    out = Items(leaves.iova, pa, leaves.level, leaves.prot, leaves.item, leaves.at, lg2)
+    problems = Problems(
+        start[torn],
+        start[torn] + whole[torn],
+        np.full(len(torn), CONTIG, np.uint8),
+        np.full(len(torn), level, np.uint8),
+        leaves.at[torn],
+        leaves.item[torn],
+    )
+    return out.take(fresh | ~joined), problems
+
+
+def _window(spec: LevelSpec, start: int, last: int) -> tuple[np.uint64, np.uint64]:
+    """[start, last] with the whole of every contiguous entry that it touches."""
+    if not spec.contig:
+        return np.uint64(start), np.uint64(last)
+    whole = (1 << (spec.shift + max(c.lg2 for c in spec.contig))) - 1
+    return np.uint64(start & ~whole), np.uint64(min(last | whole, 2**64 - 1))
+
+
+def _clipped(leaves: Items, problems: Problems, start: int, last: int) -> tuple[Items, Problems]:
+    """What touches [start, last]."""
+    a, b = np.uint64(start), np.uint64(last)
+    end = leaves.iova + ((np.uint64(1) << leaves.lg2.astype(np.uint64)) - np.uint64(1))
+    leaves = leaves.take((end >= a) & (leaves.iova <= b))
+    if len(problems):
+        problems = problems.take((problems.last >= a) & (problems.iova <= b))
+    return leaves, problems
+
+
+#: table items: iova, pa of the table, prot, item, pa of the item; and the level that each leads to
+_Below = tuple[U64, U64, U8, U64, U64]
 
 
 def _classify(
     tm: TableMemory, level: int, base: U64, at: U64, prot: U8, items: U64, start: int, last: int, whole: bool
-) -> tuple[Items, tuple[U64, U64, U8, U64, U64], Problems]:
-    """Sort the items of some tables of one level: leaves; and table items as iova, pa, prot, item, at;
-    problems.
+) -> tuple[Items, _Below, U8 | None, Problems]:
+    """Sort the items of some tables of one level: leaves; table items, and the level that each leads to
+    (None = all one level down); problems.
 
     :param base: raw IOVA of each table, uint64[t]. :param at: its pa. :param items: uint64[t, n].
     """
     fmt, spec = tm.fmt, tm.fmt.levels[level]
     flat = items.reshape(-1)
-    here = np.flatnonzero(flat & tm.present(level))
+    here = tm.places(level, flat)
     table, index = here >> spec.index_bits, (here & (spec.items - 1)).astype(np.uint64)
     item = flat[here]
     iova = base[table] + (index << np.uint64(spec.shift))
     if not whole:
-        inside = (_spans(iova, spec.shift) >= np.uint64(start)) & (iova <= np.uint64(last))
+        a, b = _window(spec, start, last)
+        inside = (_spans(iova, spec.shift) >= a) & (iova <= b)
         table, index, item, iova = table[inside], index[inside], item[inside], iova[inside]
     where = at[table] + index * np.uint64(fmt.item_bytes)
     upper = prot[table]
-    if spec.leaf and spec.table:
-        leaf = (item & np.uint64(spec.leaf_mask)) == np.uint64(spec.leaf_value)
-    else:
-        leaf = np.full(len(item), spec.leaf)
-    problems = []
-    l_iova, l_item, l_at, l_upper = iova[leaf], item[leaf], where[leaf], upper[leaf]
-    found, sound = _leaf_problems(tm, level, l_iova, l_item, l_at)
-    problems.append(found)
-    if sound is not None:
-        l_iova, l_item, l_at, l_upper = l_iova[sound], l_item[sound], l_at[sound], l_upper[sound]
-    leaves = Items(
-        l_iova,
-        l_item & np.uint64(spec.leaf_pa_mask),
-        np.full(len(l_iova), level, np.uint8),
-        _prot(l_item, spec.r_mask, spec.r_value, spec.w_mask, spec.w_value) & l_upper,
-        l_item,
-        l_at,
-    )
+    leaf = spec.are_leaves(item)
+    leaves, found = _leaves_of(tm, level, iova[leaf], item[leaf], where[leaf], upper[leaf])
+    if not whole and spec.contig:
+        leaves, found = _clipped(leaves, found, start, last)
+    problems = [found]
     down = ~leaf
+    if not whole and spec.contig:
+        down &= (_spans(iova, spec.shift) >= np.uint64(start)) & (iova <= np.uint64(last))
     t_iova, t_item, t_at, t_upper = iova[down], item[down], where[down], upper[down]
-    reserved = (t_item & np.uint64(spec.table_reserved)) != 0
-    attrs = (t_item & np.uint64(spec.table_attrs)) != 0
-    if not tm.linux and (reserved.any() or attrs.any()):
-        bad = reserved | attrs
-        problems.append(
-            Problems(
-                t_iova[bad],
-                _spans(t_iova[bad], spec.shift),
-                np.where(reserved[bad], np.uint8(RESERVED), np.uint8(ATTRS)),
-                np.full(int(bad.sum()), level, np.uint8),
-                t_at[bad],
-                t_item[bad],
+    if not tm.linux:
+        reserved = (t_item & np.uint64(spec.table_reserved)) != 0
+        if spec.table_bad:
+            reserved |= any_of(t_item, spec.table_bad)
+        if spec.next_levels:
+            reserved |= ~any_of(t_item, tuple((m, v) for m, v, _ in spec.next_levels))
+        attrs = (t_item & np.uint64(spec.table_attrs)) != 0
+        if reserved.any() or attrs.any():
+            bad = reserved | attrs
+            problems.append(
+                Problems(
+                    t_iova[bad],
+                    _spans(t_iova[bad], spec.shift),
+                    np.where(reserved[bad], np.uint8(RESERVED), np.uint8(ATTRS)),
+                    np.full(int(bad.sum()), level, np.uint8),
+                    t_at[bad],
+                    t_item[bad],
+                )
             )
-        )
-        t_iova, t_item, t_at, t_upper = (a[~reserved] for a in (t_iova, t_item, t_at, t_upper))
+            t_iova, t_item, t_at, t_upper = (a[~reserved] for a in (t_iova, t_item, t_at, t_upper))
     t_prot = _prot(t_item, spec.tr_mask, spec.tr_value, spec.tw_mask, spec.tw_value) & t_upper
-    below = (t_iova, t_item & np.uint64(spec.table_pa_mask), t_prot, t_item, t_at)
-    return leaves, below, Problems.join(problems)
+    target: U8 | None = None
+    if spec.next_levels and len(t_item):
+        target = np.full(len(t_item), level - 1, np.uint8)
+        for mask, value, number in spec.next_levels:
+            target[(t_item & np.uint64(mask)) == np.uint64(value)] = number
+        if not whole:  # a table that skips levels covers less than its item
+            bits = np.array([s.shift + s.index_bits for s in fmt.levels], np.uint64)[target]
+            end = t_iova + ((np.uint64(1) << bits) - np.uint64(1))
+            inside = end >= np.uint64(start)
+            t_iova, t_item, t_at, t_prot, target = (
+                t_iova[inside], t_item[inside], t_at[inside], t_prot[inside], target[inside],
+            )  # fmt: skip
+        if bool((target == level - 1).all()):
+            target = None
+    below = (t_iova, spec.table_pas(t_item), t_prot, t_item, t_at)
+    return leaves, below, target, Problems.join(problems)
 
 
 def descend(tm: TableMemory, root_pa: int, start: int = 0, last: int | None = None) -> Upper:
@@ -270,20 +454,21 @@ def descend(tm: TableMemory, root_pa: int, start: int = 0, last: int | None = No
     fmt = tm.fmt
     whole = start == 0 and last is None
     end = (1 << fmt.input_lg2) - 1 if last is None else last
+    #: per level: its tables, from each level above
+    waiting: list[list[tuple[int, _Below]]] = [[] for _ in fmt.levels]
     base, pa, prot = np.zeros(1, np.uint64), np.array([root_pa], np.uint64), np.full(1, 3, np.uint8)
     row: I64 = np.full(1, -1, np.int64)
     pages = [pa]
-    seen = pa
+    seen = _units(tm, fmt.top_level, pa)
     leaves: list[Items] = []
     problems: list[Problems] = []
     limit = tm.capacity + SHARED_LIMIT
     for level in range(fmt.top_level, 0, -1):
-        tables: list[tuple[U64, U64, U8, U64, U64]] = []
         count = 0
         for lo in range(0, len(base), CHUNK):
             hi = lo + CHUNK
-            items = tm.root(root_pa) if level == fmt.top_level else tm.items(row[lo:hi])
-            found, below, bad = _classify(
+            items = tm.root(root_pa) if level == fmt.top_level else tm.items(row[lo:hi], level)
+            found, below, target, bad = _classify(
                 tm, level, base[lo:hi], pa[lo:hi], prot[lo:hi], items, start, end, whole
             )
             if len(found):
@@ -291,28 +476,46 @@ def descend(tm: TableMemory, root_pa: int, start: int = 0, last: int | None = No
             if len(bad):
                 problems.append(bad)
             if len(below[0]):
-                tables.append(below)
                 count += len(below[0])
+                if target is None:
+                    waiting[level - 1].append((level, below))
+                else:
+                    for number in np.unique(target).tolist():
+                        mine = target == number
+                        iova, to, granted, item, at = below
+                        part = iova[mine], to[mine], granted[mine], item[mine], at[mine]
+                        waiting[number].append((level, part))
             if count > limit:
                 raise _bomb(level, root_pa)
+        tables = waiting[level - 1]
+        waiting[level - 1] = []
         if tables:
-            base, pa, prot, item, at = (np.concatenate([t[i] for t in tables]) for i in range(5))
+            base, pa, prot, item, at = (np.concatenate([t[i] for _, t in tables]) for i in range(5))
+            source = np.repeat(np.array([n for n, _ in tables], np.uint8), [len(t[0]) for _, t in tables])
+            if bool((base[1:] < base[:-1]).any()):  # from several levels
+                order = np.argsort(base, kind="stable")
+                base, pa, prot, item, at = base[order], pa[order], prot[order], item[order], at[order]
+                source = source[order]
         else:
             base, pa, item, at = (np.zeros(0, np.uint64) for _ in range(4))
-            prot = np.zeros(0, np.uint8)
-        row = tm.rows.index(pa)
-        place = np.minimum(np.searchsorted(seen, pa), len(seen) - 1)
-        loop = seen[place] == pa
+            prot, source = np.zeros(0, np.uint8), np.zeros(0, np.uint8)
+        row = tm.index(level - 1, pa)
+        units = _units(tm, level - 1, pa)
+        place = np.minimum(np.searchsorted(seen, units), len(seen) - 1)
+        loop = seen[place] == units
+        if len(units) != len(pa):
+            loop = loop.reshape(len(pa), -1).any(axis=1)
         absent = (row < 0) & ~loop
         if loop.any() or absent.any():
             bad_rows = loop | absent
             where = base[bad_rows]
+            shifts = np.array([spec.shift for spec in fmt.levels], np.uint64)
             problems.append(
                 Problems(
                     where,
-                    _spans(where, fmt.levels[level].shift),
+                    where + ((np.uint64(1) << shifts[source[bad_rows]]) - np.uint64(1)),
                     np.where(loop[bad_rows], np.uint8(LOOP), np.uint8(ABSENT)),
-                    np.full(len(where), level, np.uint8),
+                    source[bad_rows],
                     at[bad_rows],
                     item[bad_rows],
                 )
@@ -321,12 +524,26 @@ def descend(tm: TableMemory, root_pa: int, start: int = 0, last: int | None = No
         if len(pa) > SHARED_LIMIT and len(pa) - len(np.unique(pa)) > SHARED_LIMIT:
             raise _bomb(level, root_pa)
         pages.append(pa)
-        seen = np.union1d(seen, pa) if level > 1 else seen
+        seen = np.union1d(seen, _units(tm, level - 1, pa)) if level > 1 else seen
     if fmt.top_level == 0:  # a tree of one table: the root is level 0
-        pages = pages[:1]
-        row = tm.rows.index(pa)
+        tm.root(root_pa)
+        row = tm.index(0, pa)
     upper = Items.join(leaves, sort=len(leaves) > 1)
     return Upper(upper, base, pa, row, prot, Problems.join(problems), pages)
+
+
+def _units(tm: TableMemory, level: int, pas: U64) -> U64:
+    """Memory that tables of a level cover, in units that no two tables share: one pa a table where all have
+    one size, else so many for each.
+    """
+    fmt = tm.fmt
+    unit = min(fmt.bytes_of(n) for n in range(max(fmt.top_level, 1)))
+    pas = pas & ~np.uint64(unit - 1)
+    size = fmt.bytes_of(level)
+    if size <= unit:
+        return pas
+    steps = np.arange(size // unit, dtype=np.uint64) * np.uint64(unit)
+    return (pas[:, None] + steps).reshape(-1)
 
 
 def _bomb(level: int, root_pa: int) -> InputError:
@@ -349,31 +566,22 @@ def expand(
     spec = fmt.levels[0]
     whole = start == 0 and last is None
     end = (1 << fmt.input_lg2) - 1 if last is None else last
+    a, b = _window(spec, start, end)
     for lo in range(0, len(base), CHUNK):
         hi = lo + CHUNK
         items = tm.items(row[lo:hi]).reshape(-1)
-        here = np.flatnonzero(items & tm.present(0))
+        here = tm.places(0, items)
         item = items[here]
         table, index = here >> spec.index_bits, (here & (spec.items - 1)).astype(np.uint64)
         iova = base[lo:hi][table] + (index << np.uint64(spec.shift))
         if not whole:
-            inside = (_spans(iova, spec.shift) >= np.uint64(start)) & (iova <= np.uint64(end))
+            inside = (_spans(iova, spec.shift) >= a) & (iova <= b)
             table, index, item, iova = table[inside], index[inside], item[inside], iova[inside]
         at = pa[lo:hi][table] + index * np.uint64(fmt.item_bytes)
-        bad, sound = _leaf_problems(tm, 0, iova, item, at)
-        if sound is not None:
-            table, item, iova, at = table[sound], item[sound], iova[sound], at[sound]
-        yield (
-            Items(
-                iova,
-                item & np.uint64(spec.leaf_pa_mask),
-                np.zeros(len(iova), np.uint8),
-                _prot(item, spec.r_mask, spec.r_value, spec.w_mask, spec.w_value) & prot[lo:hi][table],
-                item,
-                at,
-            ),
-            bad,
-        )
+        leaves, bad = _leaves_of(tm, 0, iova, item, at, prot[lo:hi][table])
+        if not whole and spec.contig:
+            leaves, bad = _clipped(leaves, bad, start, end)
+        yield leaves, bad
 
 
 def raise_unreadable(fmt: Format, problems: Problems) -> None:
@@ -384,13 +592,14 @@ def raise_unreadable(fmt: Format, problems: Problems) -> None:
     for reason in (LOOP, ABSENT):
         for i in np.flatnonzero(problems.reason == reason)[:1]:
             level = int(problems.level[i])
-            pa = int(problems.item[i]) & fmt.levels[level].table_pa_mask
+            spec, item = fmt.levels[level], int(problems.item[i])
+            pa, below = spec.table_pa(item), spec.next_level(item, level)
             iova = int(fmt.extend(problems.iova[i : i + 1])[0])
             at = int(problems.at[i])
-            of = f"the level {level - 1} table for iova {iova:#x}, from the item at pa {at:#x}"
+            of = f"the level {below} table for iova {iova:#x}, from the item at pa {at:#x}"
             if reason == LOOP:
                 raise InputError(f"table page {pa:#x} is in a loop: {of}, serves at a higher level too")
-            raise MemoryAbsent(pa, fmt.table_bytes, of)
+            raise MemoryAbsent(pa, fmt.bytes_of(below), of)
 
 
 def table_pages(fmt: Format, mem: Memory, root_pa: int) -> U64:

@@ -24,7 +24,18 @@ from iokeep.pt.extents import PROT_R, PROT_W, Extents
 from iokeep.pt.formats.base import Format
 from iokeep.pt.layout import Layout, compare_layouts, table_layout
 from iokeep.pt.leaves import Leaves
-from iokeep.pt.tables import ABSENT, ATTRS, CHUNK, LOOP, Items, Problems, TableMemory, Upper, descend, expand
+from iokeep.pt.tables import (
+    ABSENT,
+    CHUNK,
+    LOOP,
+    SOFT,
+    Items,
+    Problems,
+    TableMemory,
+    Upper,
+    descend,
+    expand,
+)
 
 #: tables of level 0 from so many bytes on are swept by compiled code, where it is loaded and where it is not:
 #: below, NumPy is done before Numba has started
@@ -56,10 +67,16 @@ class Expectation:
         if not fmt.write_only:
             prot = np.where(prot == PROT_W, np.uint8(PROT_R | PROT_W), prot).astype(np.uint8)
         self.extents = Extents(extents.iova, extents.last, extents.pa, prot)
-        #: permission and constant bits of an item by prot, without ``invert``
+        #: permission and constant bits of an item by prot, as masks see it
         self.perms: U64 = np.array(spec.prot_bits, np.uint64) | np.uint64(spec.leaf_base)
+        self.spec = spec
+        #: the word of the next page is larger by this
+        self.step = (1 << spec.shift) >> spec.pa_shift
         self.sound = np.empty(len(extents), np.bool_)
-        outside = np.uint64(~spec.leaf_pa_mask & _MAX) & ~small
+        outside = np.uint64(~spec.leaf_pa(_MAX) & _MAX) & ~small
+        pieces = np.uint64(0)
+        for mask, shift in spec.pa_pieces:
+            pieces |= np.uint64(mask << shift & _MAX)
         for lo in range(0, len(extents), _BLOCK):  # temporaries of whole columns cost more than the work
             part = slice(lo, lo + _BLOCK)
             iova, last, pa = extents.iova[part], extents.last[part], extents.pa[part]
@@ -71,11 +88,17 @@ class Expectation:
                 & (end >= pa)
                 & (prot[part] > 0)
             )
+            if pieces:  # words of such a run are no ramp
+                self.sound[part] &= ((pa ^ end) & pieces) == 0
         self.all_sound = bool(self.sound.all())
 
     def word(self, at: NDArray[np.intp]) -> U64:
-        """Items of the first pages of the extents ``at``, without ``invert``."""
-        return self.extents.pa[at] | self.perms[self.extents.prot[at]]
+        """Items of the first pages of the extents ``at``, as masks see them."""
+        return self.spec.pa_words(self.extents.pa[at]) | self.perms[self.extents.prot[at]]
+
+    def steps(self, offset: U64) -> U64:
+        """How much larger words are ``offset`` bytes on."""
+        return offset >> np.uint64(self.spec.pa_shift) if self.spec.pa_shift else offset
 
 
 def _proved(
@@ -101,7 +124,7 @@ def _proved(
             ok &= unsound[b] == unsound[a]
     word = np.zeros(len(base), np.uint64)
     if single.any():
-        word[single] = want.word(at[single]) + (base[single] - e.iova[at[single]])
+        word[single] = want.word(at[single]) + want.steps(base[single] - e.iova[at[single]])
     # 0: nothing expected, 1: one run over the whole table, 2: anything else
     kind = np.where(single, np.uint8(1), np.where(count == 0, np.uint8(0), np.uint8(2))).astype(np.uint8)
     if compiled is None:
@@ -109,7 +132,7 @@ def _proved(
         compiled = os.environ.get("NUMBA_DISABLE_JIT", "0") == "0" and len(base) * tm.fmt.table_bytes >= (
             COMPILED_WARM if warm else COMPILED_COLD
         )
-    if compiled and tm.plain:
+    if compiled and tm.plain and not spec.pa_shift and not spec.pa_pieces:
         from iokeep.pt import sweep
 
         swept = sweep.proved(tm, upper.row, kind, word, base, a, b, e, want.perms)
@@ -131,7 +154,7 @@ def _sweep(
     care = np.uint64(~spec.leaf_ignored & _MAX)
     items = tm.items(row)
     if bool((kind == 1).all()):
-        ramp = np.arange(spec.items, dtype=np.uint64) << np.uint64(spec.shift)
+        ramp = np.arange(spec.items, dtype=np.uint64) * np.uint64(want.step)
         buffer = word[:, None] + ramp
         np.bitwise_xor(buffer, items, out=buffer)
         np.bitwise_and(buffer, care, out=buffer)
@@ -140,7 +163,7 @@ def _sweep(
     wanted = np.zeros((len(row), spec.items), np.uint64)
     one = kind == 1
     if one.any():
-        ramp = np.arange(spec.items, dtype=np.uint64) << np.uint64(spec.shift)
+        ramp = np.arange(spec.items, dtype=np.uint64) * np.uint64(want.step)
         wanted[one] = word[one][:, None] + ramp
     mixed = np.flatnonzero(kind == 2)
     if len(mixed):
@@ -165,14 +188,14 @@ def _fill(fmt: Format, wanted: U64, mixed: I64, base: U64, a: I64, b: I64, want:
     end = np.minimum(e.last[at], base[owner] + np.uint64((spec.items << spec.shift) - 1))
     pages = ((end - start) >> shift).astype(np.int64) + 1
     slot = owner * spec.items + ((start - base[owner]) >> shift).astype(np.int64)
-    word = want.word(at) + (start - first)
+    word = want.word(at) + want.steps(start - first)
     flat = wanted.reshape(-1)
     if int(pages.max()) == 1:
         flat[slot] = word
         return
     piece = np.repeat(np.arange(len(pages)), pages)
     inner = np.arange(len(piece)) - np.repeat(np.cumsum(pages) - pages, pages)
-    flat[slot[piece] + inner] = word[piece] + (inner.astype(np.uint64) << shift)
+    flat[slot[piece] + inner] = word[piece] + inner.astype(np.uint64) * np.uint64(want.step)
 
 
 def _merged(base: U64, span: int) -> tuple[U64, U64]:
@@ -201,16 +224,15 @@ def _without(e: Extents, first: U64, last: U64) -> Extents:
 
 
 def _spans(fmt: Format, problems: Problems, attrs: bool) -> Spans:
-    """Problems as spans of IOVAs: the attributes, or all others."""
-    p = problems.take((problems.reason == ATTRS) == attrs)
-    iova, last, level = fmt.extend(p.iova), fmt.extend(p.last), p.level
+    """Problems as spans of IOVAs: what translates all the same (``SOFT``), or all others."""
+    p = problems.take(np.isin(problems.reason, SOFT) == attrs)
+    iova, last, level, reason = fmt.extend(p.iova), fmt.extend(p.last), p.level, p.reason
     if attrs and len(p) > 1:  # an item's span holds those of the items below
         top = np.maximum.accumulate(last)
         fresh = np.concatenate((np.ones(1, np.bool_), iova[1:] > top[:-1]))
         first = np.flatnonzero(fresh)
-        iova, level = iova[first], level[first]
+        iova, level, reason = iova[first], level[first], reason[first]
         last = top[np.concatenate((first[1:] - 1, np.array([len(top) - 1])))]
-    reason = np.full(len(iova), ATTRS, np.uint8) if attrs else p.reason
     return Spans(iova, last, reason, level, np.arange(len(iova), dtype=np.int64))
 
 
@@ -275,7 +297,7 @@ def verify(
         mismatches=mismatches,
         total=comparison.total,
         pages=(mapped - comparison.failed_bytes) >> 12,
-        table_bytes=upper.visits * fmt.table_bytes,
+        table_bytes=upper.visited_bytes(fmt),
     )
 
 

@@ -26,10 +26,10 @@ class Walk:
     why: str
 
 
-def load_item(fmt: Format, mem: Memory, at: int) -> int:
-    """The item at pa ``at``, after byte order and ``invert``. :raises MemoryAbsent: it is absent."""
-    order = "little" if fmt.byte_order == "<" else "big"
-    return int.from_bytes(mem.read(at, fmt.item_bytes), order) ^ fmt.invert  # type: ignore[arg-type]
+def load_item(fmt: Format, mem: Memory, at: int, level: int) -> int:
+    """The item of a level at pa ``at``, after byte order and ``invert``. :raises MemoryAbsent: not there."""
+    raw = mem.read(at, fmt.item_bytes)
+    return int.from_bytes(raw, "little" if fmt.byte_order == "<" else "big") ^ fmt.levels[level].invert
 
 
 def walk(fmt: Format, mem: Memory, root_pa: int, iova: int) -> Walk:
@@ -44,24 +44,36 @@ def walk(fmt: Format, mem: Memory, root_pa: int, iova: int) -> Walk:
 
     if not fmt.covers(iova):
         return end(f"iova {iova:#x} is beyond the {fmt.input_lg2}-bit input of this table")
-    table, prot = root_pa, 3
-    for level in range(fmt.top_level, -1, -1):
+    table, prot, level = root_pa, 3, fmt.top_level
+    while True:
         spec = fmt.levels[level]
         at = table + ((iova >> spec.shift) & (spec.items - 1)) * fmt.item_bytes
-        item = load_item(fmt, mem, at)
+        item = load_item(fmt, mem, at, level)
         steps.append((level, at, item))
-        if not item & spec.valid_mask:
+        if not spec.is_present(item):
             return end(f"not present at level {level}")
-        if spec.leaf and (not spec.table or item & spec.leaf_mask == spec.leaf_value):
-            if item & spec.leaf_reserved:
-                return end(f"reserved bits {item & spec.leaf_reserved:#x} in the leaf at level {level}")
+        if spec.is_leaf(item):
+            bad = spec.bad_leaf(item)
+            if bad is not None:
+                return end(f"reserved bits {bad:#x} in the leaf at level {level}")
             prot &= int(item & spec.r_mask == spec.r_value) | int(item & spec.w_mask == spec.w_value) << 1
-            pa = (item & spec.leaf_pa_mask) | (iova & ((1 << spec.shift) - 1))
+            lg2, pa = spec.shift, spec.leaf_pa(item)
+            run = spec.contig_of(item)
+            if run is not None:
+                lg2 += run.lg2
+            if run is not None and run.replicated:
+                pa = pa & -(1 << lg2) | iova & ((1 << lg2) - 1)
+            else:
+                pa |= iova & ((1 << spec.shift) - 1)
             if not prot:
-                return end("no permission is left along the path", None, 0, spec.shift)
-            return end("", pa, prot, spec.shift)
-        if item & spec.table_reserved:
-            return end(f"reserved bits {item & spec.table_reserved:#x} in the table item at level {level}")
+                return end("no permission is left along the path", None, 0, lg2)
+            return end("", pa, prot, lg2)
+        bad = spec.bad_table(item)
+        if bad is not None:
+            return end(f"reserved bits {bad:#x} in the table item at level {level}")
         prot &= int(item & spec.tr_mask == spec.tr_value) | int(item & spec.tw_mask == spec.tw_value) << 1
-        table = item & spec.table_pa_mask
-    return end("no leaf at level 0")
+        table, below = spec.table_pa(item), spec.next_level(item, level)
+        low = fmt.levels[below].shift + fmt.levels[below].index_bits
+        if (iova >> low) & ((1 << (spec.shift - low)) - 1):
+            return end(f"level {level} leads to level {below}, and the IOVA bits between are not zero")
+        level = below

@@ -688,7 +688,7 @@ def format_tables(formats: list[base.Format | None]) -> tuple[U64, U64]:
         if fmt is None:
             kinds[row, K_INPUT_LG2] = _63
             continue
-        if fmt.item_bytes != 8 or fmt.byte_order != "<" or fmt.invert or len(fmt.levels) > MAX_LEVELS:
+        if not fmt.in_words or len(fmt.levels) > MAX_LEVELS:
             raise ValueError(f"{fmt.name}: not a format of VT-d (64-bit little-endian items)")
         words[row, : len(fmt.levels)] = fmt.words()
         kinds[row, K_LEVELS] = len(fmt.levels)
