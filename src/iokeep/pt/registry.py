@@ -6,14 +6,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from iokeep.errors import InputError
-from iokeep.pt.formats import arm_lpae_s1, arm_lpae_s2, arm_mali_lpae, arm_v7s, vtdss, x86_64
+from iokeep.pt.formats import (
+    amdv1,
+    arm_lpae_s1,
+    arm_lpae_s2,
+    arm_mali_lpae,
+    arm_v7s,
+    riscv64,
+    s390_zpci,
+    vtdss,
+    x86_64,
+)
 from iokeep.pt.formats.base import Format
 
 _OPENERS: dict[str, Callable[[Mapping[str, object]], Format]] = {
+    "amdv1": amdv1.open_format,
     "arm_lpae_s1": arm_lpae_s1.open_format,
     "arm_lpae_s2": arm_lpae_s2.open_format,
     "arm_mali_lpae": arm_mali_lpae.open_format,
     "arm_v7s": arm_v7s.open_format,
+    "riscv64": riscv64.open_format,
+    "s390_zpci": s390_zpci.open_format,
     "vtdss": vtdss.open_format,
     "x86_64": x86_64.open_format,
 }

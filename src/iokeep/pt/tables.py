@@ -412,7 +412,7 @@ def _classify(
             reserved |= any_of(t_item, spec.table_bad)
         if spec.next_levels:
             reserved |= ~any_of(t_item, tuple((m, v) for m, v, _ in spec.next_levels))
-        attrs = (t_item & np.uint64(spec.table_attrs)) != 0
+        attrs = (t_item & np.uint64(spec.table_attrs)) != np.uint64(spec.table_attrs_value)
         if reserved.any() or attrs.any():
             bad = reserved | attrs
             problems.append(

@@ -100,7 +100,7 @@ class LevelSpec:
     :param leaf_attrs: memory attributes and features of a leaf: neither translation nor permission, but part
     of
         equality; ``(item & leaf_attrs)`` must equal ``leaf_attrs_value``. :param table_attrs: likewise in a
-        table item, where all must be zero.
+        table item, with ``table_attrs_value``.
 
     :param valid_values: where not empty, a present item also matches one of them.
     :param leaf_values: where not empty, they decide instead of ``leaf_mask`` and ``leaf_value``;
@@ -147,6 +147,7 @@ class LevelSpec:
     leaf_attrs: int = 0
     leaf_attrs_value: int = 0
     table_attrs: int = 0
+    table_attrs_value: int = 0
     valid_values: Pairs = ()
     leaf_values: Pairs = ()
     leaf_bad: Pairs = ()
