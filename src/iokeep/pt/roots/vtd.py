@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from iokeep.errors import InputError, MemoryAbsent
 from iokeep.mem.memory import Memory
+from iokeep.pt.roots.base import PathStep
 
 TABLE_BYTES = 4096
 #: Host address width (bits) that entries are checked against; bits above are reserved.
@@ -188,15 +189,6 @@ _REASON_TEXT = {
 
 
 # -- finding the table -----------------------------------------------------------------------------
-@dataclass(frozen=True, slots=True)
-class PathStep:
-    """One entry on the way; ``name``: "root", "context", "pasid-dir" or "pasid"; ``pa``; its 64-bit words."""
-
-    name: str
-    pa: int
-    words: tuple[int, ...]
-
-
 @dataclass(frozen=True, slots=True)
 class RootInfo:
     """What the IOMMU's structures say about one requester.

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AMD-Vi: the way from the device table base register to a page table.
+
+Source: AMD I/O Virtualization Technology (IOMMU) specification (48882, "the specification" below), device
+table entry and guest CR3 table. Checked against Linux drivers/iommu/amd/amd_iommu_types.h (field
+positions), init.c (``iommu_set_device_table()``) and iommu.c (``set_dte_gcr3_table()``,
+``amd_iommu_set_dte_v1()``), against QEMU hw/i386/amd_iommu.{c,h} (reserved bits, the meaning of V and TV),
+and against captures of running kernels.
+
+Entries are plain ints, one per 64-bit word, lowest word first. All pas are bytes; tables are whole 4096
+bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from iokeep.mem.memory import Memory
+from iokeep.pt.roots import base
+from iokeep.pt.roots.base import READ, WRITE, Path, TableRoot, bits, number_field, pa_field, read_step, refuse
+
+PA_MASK = bits(51, 12)
+
+# -- Device Table Base Address Register (MMIO offset 0) ------------------------------------------------
+#: the table is (SIZE + 1) * 4096 bytes
+DEVTAB_SIZE_MASK = bits(8, 0)
+DEVTAB_RESERVED = bits(11, 9) | bits(63, 52)
+
+# -- device table entry, 256 bits; positions below are within each 64-bit word -----------------------------
+DTE_BYTES = 32
+# word 0
+V = 1 << 0
+TV = 1 << 1
+HAD = bits(8, 7)  # host access and dirty tracking
+MODE_SHIFT = 9
+MODE_MASK = 7 << MODE_SHIFT
+PPR = 1 << 52
+GPRP = 1 << 53
+GIOV = 1 << 54  # requests without PASID use the guest CR3 of PASID 0
+GV = 1 << 55
+GLX_SHIFT = 56
+GLX_MASK = 3 << GLX_SHIFT
+GCR3_14_12_SHIFT = 58
+IR = 1 << 61
+IW = 1 << 62
+# word 1
+DOMAIN_MASK = bits(15, 0)
+GCR3_30_15_SHIFT = 16
+IOTLB = 1 << 32
+GCR3_51_31_SHIFT = 43
+# word 2
+GUEST_PAGING_SHIFT = 54
+GUEST_PAGING_MASK = 3 << GUEST_PAGING_SHIFT
+#: reserved bits of the four words (QEMU hw/i386/amd_iommu.h, AMDVI_DTE_QUAD*_RESERVED)
+DTE_RESERVED = (bits(6, 2) | bits(63, 63), 0, bits(53, 52), bits(14, 0) | bits(53, 48))
+
+#: Mode = levels of the host page table; 0: none, 7: reserved
+MODE_NONE = 0
+LEVELS_OF_MODE = {mode: mode for mode in range(1, 7)}
+#: GuestPagingMode -> levels of the guest page table
+LEVELS_OF_GUEST = {0: 4, 1: 5}
+GUEST_OF_LEVELS = {levels: code for code, levels in LEVELS_OF_GUEST.items()}
+
+# -- guest CR3 table: 512 entries of 8 bytes, GLX + 1 levels, indexed by 9 bits of the PASID each ------------
+GCR3_VALID = 1 << 0
+GCR3_RESERVED = bits(63, 52)
+#: PASID bits that GLX levels decode
+PASID_BITS_OF_GLX = {0: 9, 1: 18, 2: 20}
+
+
+class FaultReason(base.FaultCode):
+    """Events, by the code in the event log (specification, event logging; Linux EVENT_TYPE_*)."""
+
+    ILLEGAL_DEV_TABLE_ENTRY = 0x1, "the device table entry is programmed wrongly"
+    IO_PAGE_FAULT = 0x2, "the request has no translation"
+    DEV_TAB_HARDWARE_ERROR = 0x3, "the device table is not in memory"
+    PAGE_TAB_HARDWARE_ERROR = 0x4, "the guest CR3 table is not in memory"
+
+
+class RootFault(base.RootFault):
+    """No page table; ``reason`` is a :class:`FaultReason`."""
+
+    kind = "amd-root"
+    record = "AMD-Vi event"
+
+
+@dataclass(frozen=True, slots=True)
+class Gcr3:
+    """The guest CR3 table of an entry: its address, GLX, and the levels of the tables it points to."""
+
+    address: int
+    glx: int
+    levels: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RootInfo(base.RootInfo):
+    """What the device table says about one requester.
+
+    :param prot: what IR and IW let through at all (IOMMU_READ | IOMMU_WRITE).
+    :param gcr3: the guest CR3 table, None where GV is 0. Of "nested" it is only named, not read: it may be
+        in guest physical memory.
+    """
+
+    prot: int
+    gcr3: Gcr3 | None = None
+
+
+def device_table_pa(register: int) -> int:
+    """pa of the device table."""
+    return register & PA_MASK
+
+
+def device_table_bytes(register: int) -> int:
+    """Length of the device table."""
+    return ((register & DEVTAB_SIZE_MASK) + 1) << 12
+
+
+def find_root(mem: Memory, register: int, device_id: int, pasid: int | None = None) -> RootInfo:
+    """Follow the device table base register to the page table that translates requests of ``device_id``.
+
+    :param register: Device Table Base Address Register (u64). Segmented device tables are not followed.
+    :param device_id: requester id (u16): bus << 8 | device << 3 | function.
+    :param pasid: the PASID of the request; None = a request without PASID.
+    :raises RootFault: the entry is absent or programmed wrongly, or no request gets through it.
+    """
+    number_field("device id", device_id, 16)
+    where = f"device table base register {register:#x}"
+    if register & DEVTAB_RESERVED:
+        raise RootFault(FaultReason.ILLEGAL_DEV_TABLE_ENTRY, where, (), "a reserved bit is set")
+    if device_id * DTE_BYTES >= device_table_bytes(register):
+        why = (
+            f"device id {device_id:#x} is beyond the device table of {device_table_bytes(register):#x} bytes"
+        )
+        raise RootFault(FaultReason.ILLEGAL_DEV_TABLE_ENTRY, where, (), why)
+    pa = device_table_pa(register) + device_id * DTE_BYTES
+    path = read_step(mem, "dte", pa, 4, (), RootFault, FaultReason.DEV_TAB_HARDWARE_ERROR)
+    return _of_dte(mem, path, pasid)
+
+
+def _bad(path: Path, why: str, reason: FaultReason = FaultReason.ILLEGAL_DEV_TABLE_ENTRY) -> base.RootFault:
+    return refuse(RootFault, reason, path, why)
+
+
+def _of_dte(mem: Memory, path: Path, pasid: int | None) -> RootInfo:
+    w = path[-1].words
+    if not w[0] & V:
+        # Everything else is ignored, every request passes untranslated.
+        return RootInfo(translation="pass-through", table=None, domain_id=0, pasid=None, path=path, prot=3)
+    if any(word & reserved for word, reserved in zip(w, DTE_RESERVED, strict=True)):
+        raise _bad(path, "a reserved bit is set")
+    if not w[0] & TV:
+        raise _bad(path, "TV is 0: requests are blocked", FaultReason.IO_PAGE_FAULT)
+    did = w[1] & DOMAIN_MASK
+    prot = (READ if w[0] & IR else 0) | (WRITE if w[0] & IW else 0)
+    mode = (w[0] & MODE_MASK) >> MODE_SHIFT
+    if mode != MODE_NONE and mode not in LEVELS_OF_MODE:
+        raise _bad(path, f"Mode {mode} is reserved")
+    host = None
+    if mode != MODE_NONE:
+        host = TableRoot("amdv1", {"levels": LEVELS_OF_MODE[mode]}, w[0] & PA_MASK)
+    gcr3 = _gcr3(path) if w[0] & GV else None
+    # Without GIOV only requests with a PASID are guest requests.
+    if gcr3 is None or (pasid is None and not w[0] & GIOV):
+        if pasid is not None:
+            raise _bad(path, "GV is 0: requests with a PASID are blocked", FaultReason.IO_PAGE_FAULT)
+        kind = "pass-through" if host is None else "second-stage"
+        return RootInfo(
+            translation=kind, table=host, domain_id=did, pasid=None, path=path, prot=prot, gcr3=gcr3
+        )
+    number = pasid or 0
+    if not 0 <= number < 1 << PASID_BITS_OF_GLX[gcr3.glx]:
+        raise _bad(path, f"PASID {number:#x} is beyond GLX {gcr3.glx}", FaultReason.IO_PAGE_FAULT)
+    if host is not None:
+        return RootInfo(
+            translation="nested", table=host, domain_id=did, pasid=number, path=path, prot=prot, gcr3=gcr3
+        )
+    path = _follow_gcr3(mem, gcr3, number, path)
+    # PASID 0 decodes the full width unsigned, others take canonical addresses (Linux amd/iommu.c,
+    # amd_iommu_domain_alloc_paging_v2()).
+    config = {"levels": gcr3.levels} if number else {"levels": gcr3.levels, "sign_extend": 0}
+    guest = TableRoot("x86_64", config, path[-1].words[0] & PA_MASK)
+    return RootInfo(
+        translation="first-stage", table=guest, domain_id=did, pasid=number, path=path, prot=prot, gcr3=gcr3
+    )
+
+
+def _gcr3(path: Path) -> Gcr3:
+    w = path[-1].words
+    glx = (w[0] & GLX_MASK) >> GLX_SHIFT
+    levels = LEVELS_OF_GUEST.get((w[2] & GUEST_PAGING_MASK) >> GUEST_PAGING_SHIFT)
+    if glx not in PASID_BITS_OF_GLX or levels is None:
+        raise _bad(path, f"GLX {glx} or the guest paging mode is reserved")
+    address = (w[0] >> GCR3_14_12_SHIFT & 7) << 12
+    address |= (w[1] >> GCR3_30_15_SHIFT & 0xFFFF) << 15
+    address |= (w[1] >> GCR3_51_31_SHIFT & 0x1FFFFF) << 31
+    return Gcr3(address, glx, levels)
+
+
+def _follow_gcr3(mem: Memory, gcr3: Gcr3, pasid: int, path: Path) -> Path:
+    table = gcr3.address
+    for level in range(gcr3.glx, -1, -1):
+        pa = table + (pasid >> 9 * level & 0x1FF) * 8
+        path = read_step(mem, "gcr3", pa, 1, path, RootFault, FaultReason.PAGE_TAB_HARDWARE_ERROR)
+        entry = path[-1].words[0]
+        if not entry & GCR3_VALID:
+            raise _bad(path, "the guest CR3 entry is not valid", FaultReason.IO_PAGE_FAULT)
+        if entry & GCR3_RESERVED:
+            raise _bad(path, "a reserved bit is set in the guest CR3 entry", FaultReason.IO_PAGE_FAULT)
+        table = entry & PA_MASK
+    return path
+
+
+# -- encoders --------------------------------------------------------------------------------------------
+Dte = tuple[int, int, int, int]
+
+
+def device_table_register(table_pa: int, length: int) -> int:
+    """Device Table Base Address Register for a table of ``length`` bytes (4096 ... 2 MiB, whole 4096)."""
+    if length & 0xFFF or not 4096 <= length <= (DEVTAB_SIZE_MASK + 1) << 12:
+        raise ValueError(f"a device table of {length:#x} bytes does not exist")
+    return pa_field("device table", table_pa, PA_MASK) | ((length >> 12) - 1)
+
+
+def dte_blocked() -> Dte:
+    """Entry that lets nothing through: V and TV, neither IR nor IW."""
+    return V | TV, 0, 0, 0
+
+
+def dte_pass_through(domain_id: int) -> Dte:
+    """Entry without translation (Mode 0), as Linux writes it for an identity domain."""
+    return V | TV | IR | IW, number_field("domain id", domain_id, 16), 0, 0
+
+
+def dte_host(
+    root_pa: int,
+    levels: int,
+    domain_id: int,
+    *,
+    prot: int = READ | WRITE,
+    dirty: bool = False,
+    ats: bool = False,
+) -> Dte:
+    """Entry for a host page table (format amdv1) of 1 to 6 ``levels``.
+
+    :param dirty: hardware sets the access and dirty bits. :param ats: the device may send ATS requests.
+    """
+    if levels not in LEVELS_OF_MODE:
+        raise ValueError(f"a host page table of {levels} levels does not exist (1 to 6)")
+    word = V | TV | levels << MODE_SHIFT | pa_field("host page table", root_pa, PA_MASK)
+    word |= (IR if prot & READ else 0) | (IW if prot & WRITE else 0) | (HAD if dirty else 0)
+    return word, number_field("domain id", domain_id, 16) | (IOTLB if ats else 0), 0, 0
+
+
+def dte_guest(
+    gcr3_pa: int, glx: int, levels: int, domain_id: int, *, giov: bool = True, ats: bool = False
+) -> Dte:
+    """Entry for guest page tables (format x86_64) of 4 or 5 ``levels`` below a guest CR3 table.
+
+    :param glx: levels of that table - 1. :param giov: requests without PASID use PASID 0.
+    """
+    if levels not in GUEST_OF_LEVELS or glx not in PASID_BITS_OF_GLX:
+        raise ValueError(f"guest page tables of {levels} levels or GLX {glx} do not exist")
+    pa_field("guest CR3 table", gcr3_pa, PA_MASK)
+    word0 = V | TV | IR | IW | GV | (GIOV if giov else 0) | glx << GLX_SHIFT
+    word0 |= (gcr3_pa >> 12 & 7) << GCR3_14_12_SHIFT
+    word1 = (gcr3_pa >> 15 & 0xFFFF) << GCR3_30_15_SHIFT | (gcr3_pa >> 31) << GCR3_51_31_SHIFT
+    word1 |= number_field("domain id", domain_id, 16) | (IOTLB if ats else 0)
+    return word0, word1, GUEST_OF_LEVELS[levels] << GUEST_PAGING_SHIFT, 0
+
+
+def gcr3_entry(pa: int) -> int:
+    """Entry of a guest CR3 table: the next level, or the root of a guest page table."""
+    return pa_field("guest CR3", pa, PA_MASK) | GCR3_VALID
