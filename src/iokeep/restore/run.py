@@ -340,6 +340,7 @@ class _Run:
         for n, a in enumerate(areas):
             self.watch("replay", n + 1, len(areas))
             live.ioases[a.ioas].map_file(live.files[a.file], a.offset, a.length, iova=a.iova, prot=a.prot)
+            self.result.areas = n + 1
 
     # ---- prove and take
 
