@@ -456,7 +456,11 @@ def like(
         format=format_name,
         levels=levels,
         iommu="scalable-fs" if format_name == "x86_64" else "scalable-ss" if mode == "scalable" else "legacy",
-        files=(GuestFile("ram0", len(pfns) * FRAME, "listed", pfns),),
+        # The second file is mapped nowhere: something that a mistaken replay can show instead.
+        files=(
+            GuestFile("ram0", len(pfns) * FRAME, "listed", pfns),
+            GuestFile("other", RING_BYTES, "4k-random"),
+        ),
         areas=tuple(areas),
         quiet=tuple(_quiet_of(iova, lg2)),
         unplugged=_unplugged_of(areas, levels, format_name),

@@ -13,13 +13,14 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from iokeep.errors import InputError, IokeepError, KernelRefused, KernelRefusedPartly, UsageError
 from iokeep.iommufd.client import Ioas, Iommufd, Mismatch, NotEqual, VfioDevice
 from iokeep.luo.client import Session
 from iokeep.restore.journal import Entry, Journal, Kind
 from iokeep.restore.manifest import HEADER_BYTES, MANIFEST_TOKEN, Area, Manifest, header_of, read_payload
+from iokeep.restore.plan import check_priors, make_plan
 from iokeep.restore.policies import Policy, policy_of
 from iokeep.uapi.transport import Transport
 
@@ -180,9 +181,10 @@ class _Run:
             self._retrieve(manifest)
             forward = self._resume(journal)
             self._bind(manifest, journal)
-            areas = manifest.areas if self.wanted is None else self.wanted
-            replace(manifest, areas=areas).check()
+            areas = make_plan(manifest, self.policy, self.wanted).areas
             if not forward:
+                assert self.live.iommufd is not None
+                check_priors(manifest, self.live.iommufd.liveupdate_info())
                 journal.add(Kind.BEGIN, self.policy.number)
                 self._begin("replay")
                 self._replay(manifest, journal, areas)
