@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared settings: no Hypothesis deadline, since compiling would break it; failures say how to replay them."""
+"""Shared settings: no Hypothesis deadline, since compiling would break it; failures say how to replay."""
 
 from hypothesis import settings
 
