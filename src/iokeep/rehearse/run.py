@@ -693,6 +693,7 @@ class _Rehearsal:
             "guest": {
                 "name": SESSION,
                 "scenario": s.name,
+                "ram": s.ram,
                 "memory": s.memory,
                 "mapped": s.mapped,
                 "page_size": s.page_size,

@@ -141,6 +141,11 @@ class Scenario:
         return sum(f.size for f in self.files)
 
     @property
+    def ram(self) -> int:
+        """Bytes of the guest's RAM files."""
+        return sum(f.size for f in self.files if f.name.startswith("ram"))
+
+    @property
     def mapped(self) -> int:
         """Bytes that all areas map; aliases count each time."""
         return sum(a.length for a in self.areas)

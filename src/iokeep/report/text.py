@@ -148,8 +148,9 @@ def rehearsal(doc: Mapping[str, Any]) -> str:
     """The table of a rehearsal and its verdict, from the document ``iokeep.rehearse-v1``."""
     guest, restore, dma, frames = doc["guest"], doc["restore"], doc["dma"], doc["frames"]
     kernels, devices = doc["kernels"], plural(guest["devices"], "device")
+    pages = {"mixed": "4K and 2M", "captured": "the capture's"}.get(guest["page_size"], guest["page_size"])
     head = (
-        f"{guest['name']}: {size(guest['memory'])} in {guest['page_size']} pages, {guest['format']}, "
+        f"{guest['name']}: {size(guest['ram'])} in {pages} pages, {guest['format']}, "
         f"{devices}   {kernels['from']} -> {kernels['to']}   policy {doc['policy']}"
     )
     lines = [head]
