@@ -80,7 +80,7 @@ class RestoreResult:
     :param reason: why it was refused, or "". :param mismatches: the first of ``total_mismatches`` ranges
         that differ.
     :param pages: 4 KiB pages proved. :param areas: areas replayed. :param table_bytes: bytes of tables that
-        were read for the proof. :param validate_ns: ns that the kernel needed for the proof.
+        were read for the proof. :param validate_ns: CPU time in ns of the kernel for the proof.
     :param layout_differences: ranges with another leaf size than this kernel's own map would choose
         (adopt), or than the prior domain has (rebuild). :param steps: what was done when. :param journal:
         its entries, as text.
