@@ -336,8 +336,14 @@ def _verdict(v: Verdict) -> dict[str, Any]:
         "pages": v.pages,
         "table_bytes": v.table_bytes,
         "total": v.total,
+        "differ": v.differ,
         "mismatches": [_mismatch(m) for m in v.mismatches],
     }
+
+
+def _differ(v: Verdict) -> str:
+    pages = ", ".join(f"{reason} {count}" for reason, count in v.differ.items())
+    return f"{v.total} ranges (pages: {pages}); {v.pages} pages ({_size(v.pages << 12)}) hold"
 
 
 def _print_mismatches(v: Verdict) -> None:
@@ -375,7 +381,7 @@ def _verify(args: argparse.Namespace) -> int:
         size = _size(v.table_bytes)
         print(f"equal: {v.pages} pages ({_size(v.pages << 12)}) proved, {size} of {fmt.name} tables")
     else:
-        print(f"different: {v.total} ranges; {v.pages} pages ({_size(v.pages << 12)}) hold")
+        print(f"different: {_differ(v)}")
         _print_mismatches(v)
     return int(not v.equal)
 
@@ -402,7 +408,7 @@ def _diff(args: argparse.Namespace) -> int:
         if v.equal:
             print(f"translations equal: {v.pages} pages ({_size(v.pages << 12)})")
         else:
-            print(f"translations differ: {v.total} ranges; {v.pages} pages ({_size(v.pages << 12)}) hold")
+            print(f"translations differ: {_differ(v)}")
             _print_mismatches(v)
         if v.layout_equal is not None:
             print("layout equal" if v.layout_equal else f"layout differs: {v.layout_total} ranges")

@@ -275,6 +275,7 @@ def verify(
         mismatches=mismatches,
         total=comparison.total,
         pages=(mapped - comparison.failed_bytes) >> 12,
+        differ=comparison.differ(),
         table_bytes=upper.visits * fmt.table_bytes,
     )
 
