@@ -353,6 +353,13 @@ def _print_mismatches(v: Verdict) -> None:
         print(f"  and {v.total - len(v.mismatches)} more")
 
 
+def _refuse_loop(source: Path, v: Verdict) -> None:
+    """A table that loops is no table: bad input, not a difference. :raises InputError:"""
+    if "loop" in v.differ:
+        first = next((m.text for m in v.mismatches if m.reason == "loop"), "a table serves at two levels")
+        raise InputError(f"{source}: {first}", "check root_pa and the format's configuration")
+
+
 def _expected(args: argparse.Namespace, capture: Capture) -> tuple[Path, Extents]:
     from iokeep.mem.capture import read_tsv
     from iokeep.pt.extents import Extents
@@ -373,6 +380,7 @@ def _verify(args: argparse.Namespace) -> int:
     capture, fmt = _open(args.source)
     path, expected = _expected(args, capture)
     v = verify(fmt, capture.memory, capture.root_pa, expected, limit=limit)
+    _refuse_loop(args.source, v)
     if args.json:
         _print_json(
             args, {"source": str(args.source), "against": str(path), **_described(fmt), **_verdict(v)}
@@ -393,6 +401,7 @@ def _diff(args: argparse.Namespace) -> int:
     a, fmt_a = _open(args.a)
     b, fmt_b = _open(args.b)
     v = diff(fmt_a, a.memory, a.root_pa, fmt_b, b.memory, b.root_pa, limit=limit)
+    _refuse_loop(args.b, v)
     if args.json:
         document = {
             "a": str(args.a),
