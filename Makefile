@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make run` and `make test` are all the set-up there is: each makes the environment that it needs, once.
 
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# what pip does, a line a package, without where from
+PROGRESS := sed -u -n -e 's/^Collecting \([^ ]*\).*/  \1/p' -e 's/^Installing collected packages.*/  installing/p'
 PIP_FLAGS := --require-hashes --only-binary=:all: --disable-pip-version-check --no-input
 
 .PHONY: run test lint types check clean help
@@ -25,13 +30,13 @@ $(BIN)/python:
 
 $(VENV)/run.stamp: requirements/run.lock pyproject.toml | $(BIN)/python
 	@echo "set-up: installing what iokeep runs on, from requirements/run.lock (once; about 80 MB)"
-	@$(BIN)/python -m pip install $(PIP_FLAGS) -r requirements/run.lock $(if $(CI),--quiet,)
+	@$(BIN)/python -m pip install $(PIP_FLAGS) -r requirements/run.lock | $(PROGRESS)
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --disable-pip-version-check -e .
 	@touch $@
 
 $(VENV)/dev.stamp: requirements/dev.lock $(VENV)/run.stamp
 	@echo "set-up: installing the test tools, from requirements/dev.lock (once)"
-	@$(BIN)/python -m pip install $(PIP_FLAGS) -r requirements/dev.lock $(if $(CI),--quiet,)
+	@$(BIN)/python -m pip install $(PIP_FLAGS) -r requirements/dev.lock | $(PROGRESS)
 	@touch $@
 
 run: $(VENV)/run.stamp
@@ -43,7 +48,7 @@ test: $(VENV)/dev.stamp
 lint: $(VENV)/dev.stamp
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/codespell README.md CHANGELOG.md CONTRIBUTING.md docs src tests --skip '*.json,*.tsv,*.npz'
+	@$(BIN)/codespell README.md CHANGELOG.md CONTRIBUTING.md docs src tests
 
 types: $(VENV)/dev.stamp
 	@$(BIN)/mypy

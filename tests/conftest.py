@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared settings: no Hypothesis deadline (compiled code would make it flaky); failing examples print how to replay."""
+"""Shared settings: no Hypothesis deadline, since compiling would break it; failures say how to replay."""
 
 from hypothesis import settings
 

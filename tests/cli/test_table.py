@@ -293,3 +293,21 @@ def test_a_reader_that_leaves_is_no_error():
     done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False)
     assert done.stdout == "iova\tpa\tlength\tprot\n"
     assert done.stderr == ""
+
+
+def test_a_table_that_loops_is_bad_input(tmp_path, capsys):
+    """One level's items point back to the root: no walk of it means anything, so it is refused as input."""
+    source = DATA / "vtd-legacy-small"
+    looping = tmp_path / "looping"
+    shutil.copytree(source, looping)
+    with np.load(source / "tables.npz") as tables:
+        pa, data = tables["pa"], tables["data"].copy()
+    root = int(json.loads((source / "meta.json").read_text())["root_pa"], 16)
+    data[pa.tolist().index(root)].view("<u8")[:] = root | 3
+    np.savez(looping / "tables.npz", pa=pa, data=data)
+    for verb in (["verify", str(looping)], ["diff", str(source), str(looping)], ["extents", str(looping)]):
+        assert main(["table", *verb]) == 3
+        out = capsys.readouterr()
+        assert out.err.startswith("error: ")
+        assert "level" in out.err
+        assert out.out == ""

@@ -90,6 +90,21 @@ def test_an_unknown_bit_is_refused_as_such(bench):
     assert {m.reason for m in verdict.mismatches} <= {"reserved", "attrs"}
 
 
+def test_an_unknown_bit_above_small_leaves_is_reserved_too(bench):
+    """Where the small leaf has no reserved bit, the item above it has, if all behind it is quiet."""
+    bench.table.map(Extents.of([(0x100_0000_0000, 0x100_0000_0FFF, 0x1E0_0000, 3)]))
+    quiet = [Range(0x100_0000_0000, 0x100_0000_0FFF)]
+    args = (bench.fmt, bench.mem, bench.table.root_pa, quiet, bench.tags, [UNPLUGGED])
+    injected = change_tables("unknown-bit", *args)
+    assert injected.iova == 0x100_0000_0000
+    assert "reserved" in injected.what
+    rows = list(zip(*(getattr(bench.want, c).tolist() for c in ("iova", "last", "pa", "prot")), strict=True))
+    with_it = Extents.of([*rows, (0x100_0000_0000, 0x100_0000_0FFF, 0x1E0_0000, 3)])
+    verdict = verify(bench.fmt, bench.mem, bench.table.root_pa, with_it)
+    assert not verdict.equal
+    assert "reserved" in {m.reason for m in verdict.mismatches}
+
+
 def test_leaf_size_keeps_every_translation(bench):
     before = leaves(bench.fmt, bench.mem, bench.table.root_pa)
     bench.inject("leaf-size")

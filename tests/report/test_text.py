@@ -12,7 +12,7 @@ from iokeep.report.text import Progress, count, duration, mismatch, rehearsal, s
 DOC = {
     "policy": "adopt", "outcome": "restored", "reason": "", "seed": 1,
     "kernels": {"from": "soft-7.3", "to": "soft-7.4"},
-    "guest": {"name": "vm-1", "memory": 1 << 30, "page_size": "mixed", "format": "vtdss", "devices": 2,
+    "guest": {"name": "vm-1", "ram": 1 << 30, "page_size": "mixed", "format": "vtdss", "devices": 2,
               "files": 4, "areas": 7},
     "injected": [],
     "dma": {"transactions": 2417332, "bytes": 1, "lost": 0, "misdirected": 0, "faults": 0, "max_gap_us": 38.2,
@@ -37,7 +37,7 @@ def test_figures():
 def test_the_table_of_a_good_run():
     out = rehearsal(DOC)
     assert out.startswith(
-        "vm-1: 1 GiB in mixed pages, vtdss, 2 devices   soft-7.3 -> soft-7.4   policy adopt\n"
+        "vm-1: 1 GiB in 4K and 2M pages, vtdss, 2 devices   soft-7.3 -> soft-7.4   policy adopt\n"
     )
     assert "262 656 pages, 0 differences, 0.36 ns/page" in out
     assert (

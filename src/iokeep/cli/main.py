@@ -17,7 +17,7 @@ from iokeep.errors import IokeepError
 #: object -> one line of help; the module is ``iokeep.cli.OBJECT`` with ``add_parser(subparsers)``
 OBJECTS = {
     "table": "IO page tables: show, walk, extents, verify, diff, digest",
-    "handover": "what lies in memory between two kernels: show",
+    "handover": "what lies in memory between two kernels: show, check",
     "rehearse": "a whole live update on the software host, measured and broken on request",
 }
 EXIT_INTERNAL = 70

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,9 +156,17 @@ def run(args: argparse.Namespace) -> int:
     from iokeep.report import text
 
     progress = text.Progress(quiet=args.quiet or args.json)
+    options = options_of(args)
+
+    def stop(_signal: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    # kill(1) must leave as little behind as Ctrl-C does.
+    before = signal.signal(signal.SIGTERM, stop)
     try:
-        body = rehearse(options_of(args), progress.say)
+        body = rehearse(options, progress.say)
     finally:
+        signal.signal(signal.SIGTERM, before)
         progress.done()
     sys.stdout.write(report_json.document(SCHEMA, body) if args.json else text.rehearsal(body))
     return 0 if body["outcome"] == "restored" else 1

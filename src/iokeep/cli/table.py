@@ -336,8 +336,14 @@ def _verdict(v: Verdict) -> dict[str, Any]:
         "pages": v.pages,
         "table_bytes": v.table_bytes,
         "total": v.total,
+        "differ": v.differ,
         "mismatches": [_mismatch(m) for m in v.mismatches],
     }
+
+
+def _differ(v: Verdict) -> str:
+    pages = ", ".join(f"{reason} {count}" for reason, count in v.differ.items())
+    return f"{v.total} ranges (pages: {pages}); {v.pages} pages ({_size(v.pages << 12)}) hold"
 
 
 def _print_mismatches(v: Verdict) -> None:
@@ -345,6 +351,13 @@ def _print_mismatches(v: Verdict) -> None:
         print(f"  {m.text}")
     if v.total > len(v.mismatches):
         print(f"  and {v.total - len(v.mismatches)} more")
+
+
+def _refuse_loop(source: Path, v: Verdict) -> None:
+    """A table that loops is no table: bad input, not a difference. :raises InputError:"""
+    if "loop" in v.differ:
+        first = next((m.text for m in v.mismatches if m.reason == "loop"), "a table serves at two levels")
+        raise InputError(f"{source}: {first}", "check root_pa and the format's configuration")
 
 
 def _expected(args: argparse.Namespace, capture: Capture) -> tuple[Path, Extents]:
@@ -367,6 +380,7 @@ def _verify(args: argparse.Namespace) -> int:
     capture, fmt = _open(args.source)
     path, expected = _expected(args, capture)
     v = verify(fmt, capture.memory, capture.root_pa, expected, limit=limit)
+    _refuse_loop(args.source, v)
     if args.json:
         _print_json(
             args, {"source": str(args.source), "against": str(path), **_described(fmt), **_verdict(v)}
@@ -375,7 +389,7 @@ def _verify(args: argparse.Namespace) -> int:
         size = _size(v.table_bytes)
         print(f"equal: {v.pages} pages ({_size(v.pages << 12)}) proved, {size} of {fmt.name} tables")
     else:
-        print(f"different: {v.total} ranges; {v.pages} pages ({_size(v.pages << 12)}) hold")
+        print(f"different: {_differ(v)}")
         _print_mismatches(v)
     return int(not v.equal)
 
@@ -387,6 +401,7 @@ def _diff(args: argparse.Namespace) -> int:
     a, fmt_a = _open(args.a)
     b, fmt_b = _open(args.b)
     v = diff(fmt_a, a.memory, a.root_pa, fmt_b, b.memory, b.root_pa, limit=limit)
+    _refuse_loop(args.b, v)
     if args.json:
         document = {
             "a": str(args.a),
@@ -402,7 +417,7 @@ def _diff(args: argparse.Namespace) -> int:
         if v.equal:
             print(f"translations equal: {v.pages} pages ({_size(v.pages << 12)})")
         else:
-            print(f"translations differ: {v.total} ranges; {v.pages} pages ({_size(v.pages << 12)}) hold")
+            print(f"translations differ: {_differ(v)}")
             _print_mismatches(v)
         if v.layout_equal is not None:
             print("layout equal" if v.layout_equal else f"layout differs: {v.layout_total} ranges")

@@ -95,7 +95,7 @@ class AdoptResult:
     :param hwpt_id: the HWPT that it is now; 0 when it was only validated.
     :param pages: 4 KiB pages proved; 0 for trust.
     :param table_bytes: bytes of tables read.
-    :param validate_ns: nanoseconds of the proof.
+    :param validate_ns: CPU time of the proof in nanoseconds.
     :param layout_differences: ranges whose leaf sizes are not those that this kernel would choose.
     """
 
@@ -112,7 +112,7 @@ class CompareResult:
 
     :param pages: 4 KiB pages proved.
     :param table_bytes: bytes of tables read, both sides.
-    :param compare_ns: nanoseconds of the proof.
+    :param compare_ns: CPU time of the proof in nanoseconds.
     :param layout_differences: ranges with other leaf sizes: a break-before-make matter, not a translation's.
     """
 

@@ -257,7 +257,9 @@ def _read_tables(path: Path) -> tuple[U64, U8]:
         zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, RuntimeError, EOFError, ValueError,
     ) as error:  # fmt: skip
         # RuntimeError: encrypted; NotImplementedError: a compression method that zipfile lacks
-        raise InputError(f"{path}: not a readable .npz: {error}") from error
+        # zipfile quotes whole headers, which in a damaged file are anything
+        why = str(error) if str(error).isprintable() and len(str(error)) < 200 else type(error).__name__
+        raise InputError(f"{path}: not a readable .npz: {why}") from error
     if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] not in PAGE_SIZES:
         raise InputError(
             f"{path}: data is {data.dtype}{list(data.shape)}, not uint8[n, 4096 | 16384 | 65536]"

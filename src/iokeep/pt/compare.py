@@ -63,6 +63,7 @@ class Verdict:
 
     :param equal: the translations are equal. :param mismatches: the first differences, in IOVA order.
     :param total: number of differences. :param pages: pages of 4096 bytes that were proved.
+    :param differ: reason -> pages of 4096 bytes that differ for it.
     :param table_bytes: bytes of tables that were read to say so.
     :param layout: ranges of different leaf size, the first ones. :param layout_total: number of them.
     :param layout_equal: no such range; None where it was not asked.
@@ -72,6 +73,7 @@ class Verdict:
     mismatches: list[Mismatch] = field(default_factory=list)
     total: int = 0
     pages: int = 0
+    differ: dict[str, int] = field(default_factory=dict)
     table_bytes: int = 0
     layout: list[LayoutRange] = field(default_factory=list)
     layout_total: int = 0
@@ -241,6 +243,8 @@ class Comparison:
         self.total = 0
         #: bytes that were expected and did not hold
         self.failed_bytes = 0
+        #: reason -> bytes of the differences
+        self.bytes_of: dict[int, int] = {}
         self._kept: list[_Ranges] = []
         self._kept_count = 0
         self._tail: _Ranges | None = None
@@ -283,6 +287,10 @@ class Comparison:
 
     def _keep(self, ranges: _Ranges) -> None:
         self.total += len(ranges.iova)
+        for reason in np.unique(ranges.reason).tolist():
+            chosen = ranges.reason == reason
+            size = _total(ranges.iova[chosen], ranges.last[chosen])
+            self.bytes_of[reason] = self.bytes_of.get(reason, 0) + size
         if self._kept_count < self.limit and len(ranges.iova):
             kept = ranges.take(slice(0, self.limit - self._kept_count))
             self._kept.append(kept)
@@ -298,6 +306,10 @@ class Comparison:
             for i in range(len(r.iova)):
                 out.append(_mismatch(r, i))
         return out
+
+    def differ(self) -> dict[str, int]:
+        """Reason -> pages of 4096 bytes (at least 1) that differ for it; after :meth:`mismatches`."""
+        return {TEXTS[reason]: max(size >> 12, 1) for reason, size in sorted(self.bytes_of.items())}
 
 
 def _mismatch(r: _Ranges, i: int) -> Mismatch:

@@ -297,6 +297,7 @@ def verify(
         mismatches=mismatches,
         total=comparison.total,
         pages=(mapped - comparison.failed_bytes) >> 12,
+        differ=comparison.differ(),
         table_bytes=upper.visited_bytes(fmt),
     )
 

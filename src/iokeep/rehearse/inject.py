@@ -260,19 +260,18 @@ def change_tables(
     quiet: Sequence[Range],
     tags: NDArray[np.uint32],
     unplugged: Sequence[Range],
-    spread: int = 4,
 ) -> Injected:
     """Put the table fault ``name`` into the prior table.
 
     :param quiet: where no device works. :param tags: uint32[n_frames], the owner of each frame. :param
     unplugged: ranges
-        whose emptied tables are still linked. :param spread: how many leaves to change.
+        whose emptied tables are still linked.
     :raises UsageError: this table has no place for the fault.
     """
     found = _quiet_leaves(fmt, mem, root_pa, quiet)
     small = np.flatnonzero(found.level == 0)
     if name == "pte-bit":
-        return _pte_bit(fmt, mem, found, tags, spread)
+        return _pte_bit(fmt, mem, found, tags)
     if name == "pte-swap":
         at = small if len(small) >= 2 else np.flatnonzero(found.level == found.level.max(initial=0))
         if len(at) < 2:
@@ -288,15 +287,13 @@ def change_tables(
             int(found.iova[a]),
         )
     if name == "unknown-bit":
-        return _unknown_bit(fmt, mem, found)
+        return _unknown_bit(fmt, mem, root_pa, found, quiet)
     if name == "leaf-size":
         return _leaf_size(fmt, mem, root_pa, found, unplugged)
     raise ValueError(name)
 
 
-def _pte_bit(
-    fmt: Format, mem: WritableMemory, found: _Found, tags: NDArray[np.uint32], spread: int
-) -> Injected:
+def _pte_bit(fmt: Format, mem: WritableMemory, found: _Found, tags: NDArray[np.uint32]) -> Injected:
     """Flip one OA bit so that the leaf points into a frame of somebody else, if any bit does that."""
     best: tuple[int, int, int] | None = None
     for i in np.argsort(found.level, kind="stable")[:512].tolist():
@@ -323,22 +320,38 @@ def _pte_bit(
     )
 
 
-def _unknown_bit(fmt: Format, mem: WritableMemory, found: _Found) -> Injected:
-    """Set a bit that is reserved in this leaf, or an attribute bit that the kernel never sets where none is
-    reserved."""
+def _unknown_bit(
+    fmt: Format, mem: WritableMemory, root_pa: int, found: _Found, quiet: Sequence[Range]
+) -> Injected:
+    """Set a bit that the specification reserves: in a leaf; else in the table item above, where everything
+    behind it is quiet; else, where this format reserves none, an attribute bit that the kernel never sets.
+    """
     for i in np.argsort(-found.level, kind="stable").tolist():
-        spec = fmt.levels[int(found.level[i])]
-        for mask, sort in (
-            (spec.leaf_reserved, "reserved"),
-            (spec.leaf_attrs & ~spec.leaf_base, "attribute"),
-        ):
-            free = mask & ~int(found.item[i])
+        free = fmt.levels[int(found.level[i])].leaf_reserved & ~int(found.item[i])
+        if free:
+            bit, iova = free.bit_length() - 1, int(found.iova[i])
+            _store(fmt, mem, int(found.item_pa[i]), int(found.item[i]) | 1 << bit)
+            return Injected("unknown-bit", f"reserved bit {bit} of the leaf of iova {iova:#x} set", iova)
+    for iova in found.iova.tolist():
+        for level, item_pa, item in reversed(walk(fmt, mem, root_pa, iova).steps[:-1]):
+            free = fmt.levels[level].table_reserved & ~item
             if not free:
                 continue
-            bit = free.bit_length() - 1 if sort == "reserved" else (free & -free).bit_length() - 1
+            size = 1 << fmt.levels[level].shift
+            behind, _ = leaf_items(TableMemory(fmt, mem), root_pa, iova & -size, iova | (size - 1))
+            if not all(any(r.start <= at <= r.last for r in quiet) for at in behind.iova.tolist()):
+                break
+            bit = free.bit_length() - 1
+            _store(fmt, mem, item_pa, item | 1 << bit)
+            what = f"reserved bit {bit} of the level {level} item above iova {iova:#x} set"
+            return Injected("unknown-bit", what, iova)
+    for i in range(len(found.iova)):
+        spec = fmt.levels[int(found.level[i])]
+        free = spec.leaf_attrs & ~spec.leaf_base & ~int(found.item[i])
+        if free:
+            bit, iova = (free & -free).bit_length() - 1, int(found.iova[i])
             _store(fmt, mem, int(found.item_pa[i]), int(found.item[i]) | 1 << bit)
-            iova = int(found.iova[i])
-            return Injected("unknown-bit", f"{sort} bit {bit} of the leaf of iova {iova:#x} set", iova)
+            return Injected("unknown-bit", f"attribute bit {bit} of the leaf of iova {iova:#x} set", iova)
     raise UsageError("unknown-bit: no leaf in the quiet ranges has an unknown bit to set")
 
 

@@ -19,6 +19,7 @@ from iokeep.pt.formats.base import Format
 from iokeep.pt.leaves import Leaves, leaves
 from iokeep.pt.registry import open_format
 from iokeep.pt.roots.vtd import find_root
+from iokeep.pt.tables import table_pages
 from iokeep.rehearse.scenario import Expected
 from iokeep.soft.hardware import bar, registers
 from iokeep.soft.hardware.bar import StepStats
@@ -49,6 +50,11 @@ def device_table(platform: Platform, index: int = 0) -> Table:
 def table_leaves(platform: Platform, table: Table) -> Leaves:
     """All leaves of a table in physical memory."""
     return leaves(table.fmt, platform.ram, table.root_pa)
+
+
+def count_table_pages(platform: Platform, table: Table) -> int:
+    """Table pages of 4 KiB, the root included."""
+    return len(table_pages(table.fmt, platform.ram, table.root_pa))
 
 
 def compare_leaves(found: Leaves, expected: Expected) -> str:

@@ -57,8 +57,7 @@ SCHEMA = "iokeep.rehearse-v1"
 FRAME = 0x1000
 SESSION = "vm-1"
 MAX_DEVICES = 32
-#: DMA transactions that a rehearsal does at least, and seconds that "after" waits for them at most
-ENOUGH = 1_100_000
+#: seconds that "after" waits for enough transactions at most
 AFTER_SECONDS = 10.0
 #: seconds until a VMM that says nothing is taken for dead
 VMM_TIMEOUT = 240.0
@@ -74,7 +73,10 @@ class RehearsalFailed(IokeepError):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What to rehearse; see ``iokeep rehearse --help``. ``like`` is a capture directory, "" = a PC."""
+    """What to rehearse; see ``iokeep rehearse --help``. ``like`` is a capture directory, "" = a PC.
+
+    ``transactions``: DMA that there is at least.
+    """
 
     policy: str = "adopt"
     format: str = "vtdss"
@@ -87,6 +89,7 @@ class Options:
     like: str = ""
     inject: tuple[Fault, ...] = ()
     unsafe: bool = False
+    transactions: int = 1_100_000
 
     def check(self) -> None:
         """:raises UsageError: what does not fit together."""
@@ -468,10 +471,10 @@ class _Rehearsal:
 
     def _wait_enough(self) -> None:
         """Let the devices work until the rehearsal has seen enough DMA."""
-        start = time.monotonic()
+        start, enough = time.monotonic(), self.options.transactions
         while time.monotonic() - start < AFTER_SECONDS:
             self.host.check()
-            if time.monotonic() - start > 0.25 and measure.transactions(self.host.platform) >= ENOUGH:
+            if time.monotonic() - start > 0.25 and measure.transactions(self.host.platform) >= enough:
                 return
             time.sleep(0.01)
 
@@ -510,7 +513,7 @@ class _Rehearsal:
                 "leaf_sizes": sizes,
                 "areas": len(self.scenario.areas),
             }
-        self.freeze["table_pages"] = None
+        self.freeze["table_pages"] = measure.count_table_pages(platform, table)
 
     def _guest_intact(self) -> int:
         """Pages of the guest whose own pattern is gone, looked up in physical memory."""
@@ -661,6 +664,8 @@ class _Rehearsal:
         during = sum(steps[KILL_STEPS.index(n)].transactions for n in ("kexec", "boot"))
         validate_ns, pages = result.get("validate_ns", 0), result.get("pages", 0)
         audit = self.audit
+        if self.kill_at and self.kill_at not in self.killed:
+            self.problems.append(f"kill-at={self.kill_at}: that step was never reached")
         harm = {
             "lost": lost,
             "misdirected": misdirected,
@@ -688,6 +693,7 @@ class _Rehearsal:
             "guest": {
                 "name": SESSION,
                 "scenario": s.name,
+                "ram": s.ram,
                 "memory": s.memory,
                 "mapped": s.mapped,
                 "page_size": s.page_size,
@@ -748,6 +754,7 @@ class _Rehearsal:
                 "foreign_payloads": check.get("foreign", 0),
                 "problems": self.problems,
             },
+            "freeze": self.freeze,
             "like": self.like_result,
             "next": _next(o, outcome),
         }

@@ -141,6 +141,11 @@ class Scenario:
         return sum(f.size for f in self.files)
 
     @property
+    def ram(self) -> int:
+        """Bytes of the guest's RAM files."""
+        return sum(f.size for f in self.files if f.name.startswith("ram"))
+
+    @property
     def mapped(self) -> int:
         """Bytes that all areas map; aliases count each time."""
         return sum(a.length for a in self.areas)
@@ -456,7 +461,11 @@ def like(
         format=format_name,
         levels=levels,
         iommu="scalable-fs" if format_name == "x86_64" else "scalable-ss" if mode == "scalable" else "legacy",
-        files=(GuestFile("ram0", len(pfns) * FRAME, "listed", pfns),),
+        # The second file is mapped nowhere: something that a mistaken replay can show instead.
+        files=(
+            GuestFile("ram0", len(pfns) * FRAME, "listed", pfns),
+            GuestFile("other", RING_BYTES, "4k-random"),
+        ),
         areas=tuple(areas),
         quiet=tuple(_quiet_of(iova, lg2)),
         unplugged=_unplugged_of(areas, levels, format_name),

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iokeep.errors import IokeepError, KernelRefused
+from iokeep.errors import IokeepError, KernelRefused, KernelRefusedPartly
 from iokeep.iommufd.client import Ioas, Iommufd, VfioDevice
 from iokeep.luo.client import Session
 from iokeep.mem.ranges import Range, subtract
@@ -392,8 +392,10 @@ class After(Vmm):
                 watch=self._watch,
                 unsafe=config["unsafe"],
             )
+        except KernelRefusedPartly:
+            raise  # not refused, and not restored either: a bug of ours or of the kernel
         except KernelRefused as e:
-            control.ask("result", outcome="refused", reason=e.what, partly=e.exit_code == 6)
+            control.ask("result", outcome="refused", reason=e.what)
             return self._refused(None)
         live = result.live
         assert live is not None

@@ -89,6 +89,14 @@ def mismatch(m: Mapping[str, Any]) -> str:
     return f"iova {where}: expected {expected}, found {found} ({m['reason']})"
 
 
+def _gap(t: Mapping[str, Any]) -> str:
+    """The longest time without DMA, and the longest not spent waiting for a CPU of this machine."""
+    wall, on_cpu = t["max_gap_us"], t.get("max_gap_on_cpu_us")
+    if on_cpu is None or round(on_cpu) >= round(wall):
+        return f"gap {duration(wall / 1e3)}"
+    return f"gap {duration(wall / 1e3)} ({duration(on_cpu / 1e3)} on CPU)"
+
+
 def _what(step: str, doc: Mapping[str, Any]) -> str:
     """What a step did, in a few words, from the facts of the run."""
     guest, restore, dma = doc["guest"], doc["restore"], doc["dma"]
@@ -107,7 +115,7 @@ def _what(step: str, doc: Mapping[str, Any]) -> str:
     if step == "boot":
         return f"kernel {doc['kernels']['to']}: DMA went on, {count(dma['during_kexec'])} transactions"
     if step == "retrieve":
-        return f"session {doc['guest']['name']}"
+        return f"a new VMM has session {doc['guest']['name']}"
     if step == "replay":
         return f"{plural(restore['areas'], 'area')} on the preserved memfds"
     if step == "validate":
@@ -130,6 +138,8 @@ def _what(step: str, doc: Mapping[str, Any]) -> str:
     if step == "after":
         return "devices work on everything" if not refused else "devices go on, on the prior tables"
     if step == "teardown":
+        if refused:
+            return "devices stop; the prior domain stays held"
         return f"guest unmaps all, {count(dma.get('denied', 0))} probes denied"
     return ""
 
@@ -138,8 +148,9 @@ def rehearsal(doc: Mapping[str, Any]) -> str:
     """The table of a rehearsal and its verdict, from the document ``iokeep.rehearse-v1``."""
     guest, restore, dma, frames = doc["guest"], doc["restore"], doc["dma"], doc["frames"]
     kernels, devices = doc["kernels"], plural(guest["devices"], "device")
+    pages = {"mixed": "4K and 2M", "captured": "the capture's"}.get(guest["page_size"], guest["page_size"])
     head = (
-        f"{guest['name']}: {size(guest['memory'])} in {guest['page_size']} pages, {guest['format']}, "
+        f"{guest['name']}: {size(guest['ram'])} in {pages} pages, {guest['format']}, "
         f"{devices}   {kernels['from']} -> {kernels['to']}   policy {doc['policy']}"
     )
     lines = [head]
@@ -148,14 +159,17 @@ def rehearsal(doc: Mapping[str, Any]) -> str:
         verdict = "equal" if same["equal"] else f"NOT equal: {same['why']}"
         lines.append(f"like {same['source']}: {count(same['leaves'])} leaves, sizes and scatter {verdict}")
     lines += [f"injected {i['fault']}: {i['what']}" for i in doc["injected"]]
+    lines += [
+        f"injected kill-at={step}: the VMM was killed and started again" for step in doc.get("killed", [])
+    ]
     rows = []
     for t in doc["timeline"]:
-        moved = f"{count(t['transactions'])} DMA, gap {t['max_gap_us']:.0f} us" if t["transactions"] else ""
+        moved = f"{count(t['transactions'])} DMA, {_gap(t)}" if t["transactions"] else ""
         rows.append([f"  {t['step']}", duration(t["ms"]), _what(t["step"], doc), moved])
     lines += table(rows, right=(1,))
-    lines += [f"  {mismatch(m)}" for m in restore["mismatches"][:8]]
+    lines += [f"  {mismatch(m)}" for m in restore["mismatches"][:4]]
     total = restore.get("total_mismatches", len(restore["mismatches"]))
-    if total > 8 or total > len(restore["mismatches"]):
+    if total > 4:
         lines.append(f"  ... {count(total)} in all")
     damage = f"{count(dma['lost'])} lost, {count(dma['misdirected'])} misdirected"
     if dma["faults"]:
@@ -163,8 +177,8 @@ def rehearsal(doc: Mapping[str, Any]) -> str:
     if dma.get("leaks"):
         damage += f", {count(dma['leaks'])} through ranges that are not mapped"
     lines.append(
-        f"{doc['outcome']}: {count(dma['transactions'])} DMA transactions, {damage}, longest gap "
-        f"{dma['max_gap_us']:.0f} us; {count(frames['leaked'])} frames leaked, "
+        f"{doc['outcome']}: {count(dma['transactions'])} DMA transactions, {damage}, longest {_gap(dma)}; "
+        f"{count(frames['leaked'])} frames leaked, "
         f"{count(frames['wrongly_freed'])} wrongly freed"
     )
     if doc["reason"]:

@@ -13,13 +13,14 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from iokeep.errors import InputError, IokeepError, KernelRefused, KernelRefusedPartly, UsageError
 from iokeep.iommufd.client import Ioas, Iommufd, Mismatch, NotEqual, VfioDevice
 from iokeep.luo.client import Session
 from iokeep.restore.journal import Entry, Journal, Kind
 from iokeep.restore.manifest import HEADER_BYTES, MANIFEST_TOKEN, Area, Manifest, header_of, read_payload
+from iokeep.restore.plan import check_priors, make_plan
 from iokeep.restore.policies import Policy, policy_of
 from iokeep.uapi.transport import Transport
 
@@ -79,7 +80,7 @@ class RestoreResult:
     :param reason: why it was refused, or "". :param mismatches: the first of ``total_mismatches`` ranges
         that differ.
     :param pages: 4 KiB pages proved. :param areas: areas replayed. :param table_bytes: bytes of tables that
-        were read for the proof. :param validate_ns: ns that the kernel needed for the proof.
+        were read for the proof. :param validate_ns: CPU time in ns of the kernel for the proof.
     :param layout_differences: ranges with another leaf size than this kernel's own map would choose
         (adopt), or than the prior domain has (rebuild). :param steps: what was done when. :param journal:
         its entries, as text.
@@ -180,9 +181,10 @@ class _Run:
             self._retrieve(manifest)
             forward = self._resume(journal)
             self._bind(manifest, journal)
-            areas = manifest.areas if self.wanted is None else self.wanted
-            replace(manifest, areas=areas).check()
+            areas = make_plan(manifest, self.policy, self.wanted).areas
             if not forward:
+                assert self.live.iommufd is not None
+                check_priors(manifest, self.live.iommufd.liveupdate_info())
                 journal.add(Kind.BEGIN, self.policy.number)
                 self._begin("replay")
                 self._replay(manifest, journal, areas)
@@ -340,6 +342,7 @@ class _Run:
         for n, a in enumerate(areas):
             self.watch("replay", n + 1, len(areas))
             live.ioases[a.ioas].map_file(live.files[a.file], a.offset, a.length, iova=a.iova, prot=a.prot)
+            self.result.areas = n + 1
 
     # ---- prove and take
 

@@ -45,8 +45,8 @@ class NoUserMemory:
         raise OSError(errno.EFAULT, "no user memory")
 
 
-#: Consecutive bytes behind a mapping, one row an extent, laid out as :data:`iokeep.uapi.wire.EXTENT`: ``target``
-#: 0 = physical memory, 1 = registers; ``start`` and ``length`` in bytes.
+#: Consecutive bytes behind a mapping, one row an extent, as the wire's ``EXTENT`` lays it out.
+#: ``target`` 0 = physical memory, 1 = registers; ``start`` and ``length`` in bytes.
 BACKING = np.dtype([("target", "<u4"), ("pad", "<u4"), ("start", "<u8"), ("length", "<u8")])
 Backing = NDArray[np.void]
 
