@@ -233,8 +233,9 @@ def read_config(
         "granule": (4096, tuple(GRANULES)),
         "input_bits": (48, tuple(range(16, 53))),
         "output_bits": (48, OUTPUT_BITS),
-        "start_level": (4, tuple(range(-1, 4))),
-        "root_entries": (0, tuple(1 << n for n in range(1, 18))),
+        # These two are computed where they are not given.
+        "start_level": (0, tuple(range(-1, 4))),
+        "root_entries": (2, tuple(1 << n for n in range(1, 18))),
         **extra,
     }
     large = config.get("granule") != 65536 and (

@@ -39,7 +39,7 @@ CONFIG = {
     "input_bits": (48, tuple(range(16, 49))),
     "output_bits": (40, (32, 36, 40)),
     "start_level": (0, (0,)),
-    "root_entries": (0, tuple(1 << n for n in range(10))),
+    "root_entries": (512, tuple(1 << n for n in range(10))),
 }
 
 LEAF, TABLE, TYPE = 1, 3, bits(1, 0)

@@ -92,8 +92,10 @@ def _lpae(item: int, level: int, config: Mapping[str, object]) -> tuple[bool, in
         between &= ~(1 << 16)
     if between:
         reserved = True
-    if leaf and _bit(item, 52) and contiguous_items(level, granule) == 1:
-        reserved = True
+    if leaf and _bit(item, 52):
+        items = contiguous_items(level, granule)
+        if items == 1 or items << _size(level, granule) > 1 << _number(config, "input_bits", 48):
+            reserved = True  # AArch64.ContiguousBitFaults
     pa &= (1 << out) - 1
     return leaf, pa, reserved
 
