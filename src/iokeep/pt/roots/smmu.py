@@ -314,7 +314,10 @@ def _sizes(
     if not large:
         output = min(output, 48)
     vax = large and (regs.idr5 is None or regs.idr5 >> IDR5_VAX_SHIFT & 3 == 1)
-    widest = output if stage == 2 else 52 if vax else 48
+    # Second stage: IAS, which is OAS, and 40 at least where there are AArch32 tables.
+    widest = max(regs.output_bits if large else min(regs.output_bits, 48), 40)
+    if stage == 1:
+        widest = 52 if vax else 48
     small = regs.idr3 is not None and regs.idr3 & IDR3_STT
     narrowest = 64 - ((47 if large else 48) if small else 39)
     if not narrowest <= 64 - tsz <= widest:
