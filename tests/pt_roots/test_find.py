@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from iokeep.errors import InputError, MemoryAbsent
 from iokeep.mem.capture import Capture
 from iokeep.pt.roots import amd, riscv, s390, smmu
-from iokeep.pt.roots.base import RootFault
+from iokeep.pt.roots.base import RootFault, TableRoot
 from iokeep.pt.roots.find import find_root_of
 
 PLACES = [
@@ -126,6 +126,18 @@ def test_recorded_entries_are_those_of_one_device():
             find_root_of(hw, Nothing(), 0x28)
         assert find_root_of(hw, Nothing(), 0x20 if hw is AMD else 24).table is not None
     assert find_root_of(AMD, Nothing(), "0000:00:04.0").table is not None
+
+
+def test_what_the_entries_above_the_table_say():
+    read_only = [hex(w) for w in amd.dte_host(0xA5E3000, 4, 8, prot=1)]
+    assert find_root_of({**AMD, "dte": read_only}, Nothing()).prot == 1
+    assert find_root_of(AMD, Nothing()).prot == 3
+    config = {"granule": 4096, "input_bits": 48, "output_bits": 44, "start_level": 0, "root_entries": 512}
+    lower = TableRoot("arm_lpae_s1", config, 0x48B85000)
+    upper = TableRoot("arm_lpae_s1", {**config, "ttbr": 1}, 0x48B86000)
+    cd = [hex(w) for w in smmu.context_descriptor(lower, upper, asid=5)]
+    found = find_root_of({**SMMU, "cd": cd}, Nothing())
+    assert (found.table, found.upper, found.prot) == (lower, upper, 3)
 
 
 def test_no_registers():

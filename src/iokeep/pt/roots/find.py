@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from iokeep.errors import InputError, MemoryAbsent
 from iokeep.mem.memory import Memory, Rows
 from iokeep.pt.roots import amd, riscv, s390, smmu, vtd
-from iokeep.pt.roots.base import Path, PathStep, TableRoot
+from iokeep.pt.roots.base import READ, WRITE, Path, PathStep, TableRoot
 
 Hw = Mapping[str, object]
 
@@ -30,6 +30,8 @@ class Found:
         :class:`iokeep.pt.roots.base.RootInfo`.
     :param table: the table, None for "pass-through"; of "nested" the second stage.
     :param domain_id: the tag of cached translations. :param path: the entries read, in order.
+    :param prot: what the entries above the table let through (IOMMU_READ | IOMMU_WRITE).
+    :param upper: an SMMU's second first-stage table, that of TTB1 where ``table`` is that of TTB0.
     """
 
     iommu: str
@@ -37,6 +39,8 @@ class Found:
     table: TableRoot | None
     domain_id: int
     path: Path
+    prot: int = READ | WRITE
+    upper: TableRoot | None = None
 
 
 def find_root_of(
@@ -165,7 +169,7 @@ def _find_smmu(hw: Hw, mem: Memory, device: int | str | None, pasid: int | None)
             at = _optional(hw, f"{step.name}_pa") if pasid is None or step.name == "ste" else None
             if at not in (None, step.pa):
                 raise InputError(f"hw: the {step.name} is at pa {step.pa:#x}, not at the recorded {at:#x}")
-    return Found("smmuv3", info.translation, info.table, info.domain_id, info.path)
+    return Found("smmuv3", info.translation, info.table, info.domain_id, info.path, upper=info.upper)
 
 
 _DC_FIELDS = ("tc", "iohgatp", "ta", "fsc", "msiptp", "msi_addr_mask", "msi_addr_pattern", "rsvd")
@@ -209,7 +213,7 @@ def _find_amd(hw: Hw, mem: Memory, device: int | str | None, pasid: int | None) 
     info = amd.find_root(_Recorded(mem, entries), register, device_id, pasid)
     if own:
         _agree(info.path, {"dte": dte})
-    return Found("amd", info.translation, info.table, info.domain_id, info.path)
+    return Found("amd", info.translation, info.table, info.domain_id, info.path, info.prot)
 
 
 def _find_vtd(hw: Hw, mem: Memory, device: int | str | None, pasid: int | None) -> Found:
