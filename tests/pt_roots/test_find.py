@@ -144,6 +144,19 @@ def test_no_registers():
     assert find_root_of({}, Nothing()) is None
 
 
+def test_the_iommu_can_be_named(new_ram):
+    ram = new_ram(0x43_0000)
+    ram.put(0x422000 + 0x20 * 32, amd.dte_host(0xA5E3000, 4, 8))
+    hw = {key: value for key, value in AMD.items() if key != "dte"}
+    assert find_root_of(hw, ram, iommu="amd").table.root_pa == 0xA5E3000
+    with pytest.raises(InputError, match="VT-d"):
+        find_root_of(hw, ram)
+    with pytest.raises(InputError, match="ddtp"):
+        find_root_of(hw, ram, iommu="riscv")
+    with pytest.raises(ValueError, match="one of smmuv3"):
+        find_root_of(hw, ram, iommu="apple")
+
+
 def test_contradiction_with_memory(new_ram):
     ram = new_ram(0x43_0000)
     ram.put(0x422000 + 0x20 * 32, amd.dte_host(0xA5E4000, 4, 8))

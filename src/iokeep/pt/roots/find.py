@@ -44,18 +44,27 @@ class Found:
 
 
 def find_root_of(
-    hw: Hw, mem: Memory, device: int | str | None = None, *, pasid: int | None = None
+    hw: Hw,
+    mem: Memory,
+    device: int | str | None = None,
+    *,
+    pasid: int | None = None,
+    iommu: str | None = None,
 ) -> Found | None:
     """Follow the registers in ``hw`` to the page table of a device.
 
     :param device: requester id, stream id or device id, or a PCI name; None = the one that ``hw`` names.
     :param pasid: PASID, SSID or process id of the request.
+    :param iommu: as in :class:`Found`; None = the one that the keys of ``hw`` say: a ``root_register`` without
+        ``dte`` is VT-d's.
     :returns: None where ``hw`` names no register.
     :raises InputError: ``hw`` is malformed, contradicts the memory, or leads to no table (``RootFault``).
     """
-    for key, finder in _FINDERS:
-        if key in hw:
+    for name, key, finder in _FINDERS:
+        if name == iommu or (iommu is None and key in hw):
             return finder(hw, mem, device, pasid)
+    if iommu is not None:
+        raise ValueError(f"IOMMU {iommu!r}: it is one of {', '.join(name for name, _, _ in _FINDERS)}")
     return None
 
 
@@ -238,11 +247,11 @@ def _find_vtd(hw: Hw, mem: Memory, device: int | str | None, pasid: int | None) 
 
 
 _Finder = Callable[[Hw, Memory, int | str | None, int | None], Found]
-#: the key of ``hw`` that only one IOMMU has; VT-d is what is left
-_FINDERS: tuple[tuple[str, _Finder], ...] = (
-    ("smmu_regs", _find_smmu),
-    ("ddtp", _find_riscv),
-    ("iota", _find_s390),
-    ("dte", _find_amd),
-    ("root_register", _find_vtd),
+#: IOMMU, and the key of ``hw`` that only it has; VT-d is what is left
+_FINDERS: tuple[tuple[str, str, _Finder], ...] = (
+    ("smmuv3", "smmu_regs", _find_smmu),
+    ("riscv", "ddtp", _find_riscv),
+    ("s390", "iota", _find_s390),
+    ("amd", "dte", _find_amd),
+    ("vtd", "root_register", _find_vtd),
 )
