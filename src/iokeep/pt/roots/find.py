@@ -55,8 +55,8 @@ def find_root_of(
 
     :param device: requester id, stream id or device id, or a PCI name; None = the one that ``hw`` names.
     :param pasid: PASID, SSID or process id of the request.
-    :param iommu: as in :class:`Found`; None = the one that the keys of ``hw`` say: a ``root_register`` without
-        ``dte`` is VT-d's.
+    :param iommu: as in :class:`Found`; None = the one that the keys of ``hw`` say: a ``root_register``
+        without ``dte`` is VT-d's.
     :returns: None where ``hw`` names no register.
     :raises InputError: ``hw`` is malformed, contradicts the memory, or leads to no table (``RootFault``).
     """

@@ -98,6 +98,7 @@ LINUX_MAIR = 0xFFFFFFFFF404FF44
 class FaultReason(base.FaultCode):
     """Events by their number (QEMU hw/arm/smmuv3-internal.h)."""
 
+    ABORTED = 0x00, "the stream is configured to be aborted, which records no event"
     C_BAD_STREAMID = 0x02, "the stream id is beyond the stream table"
     F_STE_FETCH = 0x03, "a stream table entry is not in memory"
     C_BAD_STE = 0x04, "the stream table entry is programmed wrongly"
@@ -115,7 +116,7 @@ class RootFault(base.RootFault):
 
 
 class Aborted(RootFault):
-    """The stream is configured to be aborted, which hardware does without an event."""
+    """The stream is configured to be aborted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +221,7 @@ def of_stream_entry(mem: Memory, regs: Registers, path: Path, ssid: int | None =
         raise refuse(RootFault, FaultReason.C_BAD_STE, path, "not valid")
     config = w[0] >> CONFIG_SHIFT & 7
     if not config & CONFIG_BYPASS:
-        raise refuse(Aborted, FaultReason.F_STREAM_DISABLED, path, "the stream is aborted")
+        raise refuse(Aborted, FaultReason.ABORTED, path)
     if config == CONFIG_BYPASS:
         return RootInfo(translation="pass-through", table=None, domain_id=0, pasid=None, path=path)
     second = _stage2(regs, path) if config & 2 else None
