@@ -358,7 +358,7 @@ def test_52_bits_of_output_for_leaves_and_for_tables(stage, granule, pa, table_p
 
 
 def test_an_extent_across_a_piece_of_the_pa():
-    """PA[51:48] and PA[51:50] are no ramp in the item: runs across 2**48 and 2**50 are proved all the same."""
+    """PA[51:48] and PA[51:50] are no ramp in the item: runs across 2**48 and 2**50 are proved."""
     for granule, edge in ((65536, 1 << 48), (4096, 1 << 50), (16384, 1 << 50)):
         fmt = open_format("arm_lpae_s1", {"granule": granule, "input_bits": 48, "output_bits": 52})
         tree, count = Sparse.empty(fmt), fmt.levels[0].items
