@@ -33,27 +33,42 @@ class Built:
 
 
 def build_table(fmt, size=4 << 20, seed=None):
-    """An empty table in RAM of ``size`` bytes; table pages in order, or shuffled by ``seed``."""
-    ram = Ram.of(size)
-    free_pas = np.arange(4096, size, 4096, dtype=np.uint64)
+    """An empty table in RAM of ``size`` bytes; table pages in order, or shuffled by ``seed``.
+
+    The upper half of the RAM is for tables of other sizes than ``fmt.table_bytes``.
+    """
+    unit = fmt.table_bytes
+    uniform = {fmt.bytes_of(n) for n in range(len(fmt.levels))} <= {unit}
+    size = max(size, 64 * unit)
+    ram = Ram.of(size if uniform else 2 * size)
+    free_pas = np.arange(unit, size, unit, dtype=np.uint64)
     if seed is not None:
         np.random.default_rng(seed).shuffle(free_pas)
-    stock = free_pas.tolist()
-    given, freed = [], []
+    stocks = {unit: free_pas.tolist()}
+    given, freed, top = [], [], [2 * size]
 
-    def alloc(n):
+    def stock_of(table_bytes):
+        if table_bytes not in stocks:
+            count = max(size // 4 // table_bytes, 4)
+            top[0] = (top[0] - count * table_bytes) & -table_bytes
+            assert top[0] >= size, "the test's RAM is too small"
+            stocks[table_bytes] = [top[0] + n * table_bytes for n in range(count)]
+        return stocks[table_bytes]
+
+    def alloc(n, table_bytes=unit):
+        stock = stock_of(table_bytes)
         pas, stock[:n] = stock[:n], []
         assert len(pas) == n, "the test's RAM is too small"
         for pa in pas:
-            ram.write(pa, bytes(4096))
+            ram.write(pa, bytes(table_bytes))
         given.extend(pas)
         return np.array(pas, np.uint64)
 
-    def free(pas):
+    def free(pas, table_bytes=unit):
         freed.extend(pas.tolist())
-        stock.extend(pas.tolist())
+        stock_of(table_bytes).extend(pas.tolist())
         for pa in pas.tolist():
-            ram.write(pa, b"\xa5" * 4096)  # poison: nobody may look there again
+            ram.write(pa, b"\xa5" * table_bytes)  # poison: nobody may look there again
 
     return Built(fmt, ram, Table.create(fmt, ram, alloc, free), given, freed)
 

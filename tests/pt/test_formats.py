@@ -108,7 +108,7 @@ def test_words_are_the_masks():
         {"levels": True},
         {"levels": None},
         {"nonsense": 1},
-        {"output_bits": 53},
+        {"output_bits": 57},
         {"levels": 4.0},
     ],
 )

@@ -134,7 +134,7 @@ def _show(args: argparse.Namespace) -> int:
     tm = TableMemory(fmt, capture.memory)
     upper = descend(tm, capture.root_pa)
     raise_unreadable(fmt, upper.problems)
-    counts = [0] * len(fmt.levels)
+    counts: dict[int, int] = {}
     union = [0] * len(fmt.levels)
     mapped, empty, problems = 0, 0, [upper.problems]
     low, high = None, None
@@ -149,15 +149,19 @@ def _show(args: argparse.Namespace) -> int:
         mapped += leaves.extents().mapped_bytes
         first, last = int(leaves.iova[0]), int(leaves.last[-1])
         low, high = first if low is None else min(low, first), last if high is None else max(high, last)
+        sizes, numbers = np.unique(items.lg2, return_counts=True)
+        for lg2, number in zip(sizes.tolist(), numbers.tolist(), strict=True):
+            counts[lg2] = counts.get(lg2, 0) + number
         for level in range(len(fmt.levels)):
             mine = items.item[items.level == level]
-            counts[level] += len(mine)
             union[level] |= int(np.bitwise_or.reduce(mine)) if len(mine) else 0
     for lo in range(0, len(upper.row), 1024):
-        items_ = tm.items(upper.row[lo : lo + 1024]) & np.uint64(fmt.levels[0].valid_mask)
-        empty += int((~items_.any(axis=1)).sum())
+        items_ = tm.items(upper.row[lo : lo + 1024])
+        used = np.unique(tm.places(0, items_.reshape(-1)) >> fmt.levels[0].index_bits)
+        empty += len(items_) - len(used)
     bad_items = Problems.join(problems)
     pages = {fmt.top_level - n: len(np.unique(p)) for n, p in enumerate(upper.pages)}
+    table_bytes = sum(n * fmt.bytes_of(level) for level, n in pages.items())
     shared = upper.visits - sum(pages.values())
     spec_bits = {
         "attributes": 0, "ignored": 0,
@@ -165,7 +169,8 @@ def _show(args: argparse.Namespace) -> int:
     for level, seen in enumerate(union):
         spec_bits["attributes"] |= seen & fmt.levels[level].leaf_attrs
         spec_bits["ignored"] |= seen & fmt.levels[level].leaf_ignored
-    leaves_by_size = {_lg2(spec.shift): counts[n] for n, spec in enumerate(fmt.levels) if spec.leaf}
+    possible = {lg2 for spec in fmt.levels for lg2 in spec.lg2s} | set(counts)
+    leaves_by_size = {_lg2(lg2): counts.get(lg2, 0) for lg2 in sorted(possible)}
     if args.json:
         document = {
             "source": str(args.source),
@@ -179,7 +184,7 @@ def _show(args: argparse.Namespace) -> int:
             "table_pages_by_level": {str(level): n for level, n in pages.items()},
             "shared_visits": shared,
             "empty_tables": empty,
-            "table_bytes": sum(pages.values()) * fmt.table_bytes,
+            "table_bytes": table_bytes,
             "leaves": leaves_by_size,
             "mapped_bytes": mapped,
             "first_iova": _hex(low),
@@ -196,7 +201,7 @@ def _show(args: argparse.Namespace) -> int:
         ("root", f"{capture.root_pa:#x}, {len(fmt.levels)} levels, {fmt.input_lg2}-bit IOVA"),
         (
             "tables",
-            f"{sum(pages.values())} pages ({_size(sum(pages.values()) * fmt.table_bytes)}); by level "
+            f"{sum(pages.values())} pages ({_size(table_bytes)}); by level "
             + ", ".join(f"{level}: {n}" for level, n in pages.items())
             + (f"; {empty} of level 0 are empty" if empty else "")
             + (f"; {shared} visits to shared ones" if shared else ""),

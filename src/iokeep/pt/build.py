@@ -14,17 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iokeep.errors import MemoryAbsent
-from iokeep.mem.memory import I64, U8, U64, WritableMemory
+from iokeep.mem.memory import I64, U8, U64, Rows, WritableMemory
 from iokeep.pt.extents import Extents
-from iokeep.pt.formats.base import Format
+from iokeep.pt.formats.base import Contig, Format
 from iokeep.pt.leaves import Leaves, leaf_items, raw_ranges
-from iokeep.pt.tables import Items, TableMemory, descend, raise_unreadable
+from iokeep.pt.tables import Items, TableMemory, clipped, descend, leaves_of, raise_unreadable
 
-#: n -> pas (uint64[n]) of n zeroed table pages of ``fmt.table_bytes``
-TableAllocator = Callable[[int], U64]
-#: pas (uint64[n]) of table pages that nothing links to any more. The caller flushes the IOTLB before they are
-#: reused.
-TableFree = Callable[[U64], None]
+#: n -> pas (uint64[n]) of n zeroed tables, aligned to their size: ``fmt.table_bytes``, or the size given as
+#: the second argument, where a table of this format is larger or smaller than that
+TableAllocator = Callable[..., U64]
+#: pas (uint64[n]) of tables that nothing links to any more, and their size as for the allocator. The caller
+#: flushes the IOTLB before they are reused.
+TableFree = Callable[..., None]
 
 #: items written at once: their intermediates stay in the cache
 _BATCH = 1 << 16
@@ -48,10 +49,12 @@ class AlreadyMapped(ValueError):
 @dataclass(slots=True)
 class _Runs:
     """Leaves of one size: ``iova`` (raw), ``pa`` uint64[n], ``count`` int64[n] of items, ``prot`` uint8[n];
-    sorted.
+    sorted. ``lg2`` of the leaves; ``contig`` where each is so many items.
     """
 
     level: int
+    lg2: int
+    contig: Contig | None
     iova: U64
     count: I64
     pa: U64
@@ -65,6 +68,7 @@ class _Segments:
     """
 
     level: int
+    contig: Contig | None
     key: U64
     index: I64
     count: I64
@@ -96,62 +100,107 @@ class Table:
     def __init__(
         self, fmt: Format, mem: WritableMemory, root_pa: int, alloc: TableAllocator, free: TableFree
     ) -> None:
-        if not fmt.in_words or fmt.root_bytes != fmt.table_bytes:
-            raise ValueError(f"{fmt.name}: building is not there yet")
         self.fmt = fmt
         self.mem = mem
         self.root_pa = root_pa
         self._alloc = alloc
         self._free = free
         self._tm = TableMemory(fmt, mem, linux=True)
-        #: [row, item] as it lies in memory
-        self._words = self._tm.rows.data.view(fmt.item_dtype)
-        self._row_of: dict[int, int] = {}
-        self._invert = np.uint64(fmt.invert)
-        self._row(root_pa)
+        views: dict[int, tuple[Rows, U8, dict[int, int]]] = {}
+        for level in range(len(fmt.levels)):
+            size = fmt.bytes_of(level)
+            if size not in views:
+                view = mem.rows(size)
+                views[size] = view, view.data.view(fmt.item_dtype), {}
+        sizes = [fmt.bytes_of(level) for level in range(len(fmt.levels))]
+        #: per level: memory as tables of its size; [row, item] as it lies there; rows by pa
+        self._views = [views[size][0] for size in sizes]
+        self._words = [views[size][1] for size in sizes]
+        self._row_of = [views[size][2] for size in sizes]
+        self._inverts = [np.uint64(spec.invert) for spec in fmt.levels]
+        self._occupied = [fmt.occupied(level) for level in range(len(fmt.levels))]
+        #: (level, log2 size, contiguous entry) of the leaves that Linux makes, from large to small
+        self._all_sizes = _sizes(fmt, None)
+        self._uniform = len(views) == 1
+        self._row(fmt.top_level, root_pa)
 
     @classmethod
     def create(cls, fmt: Format, mem: WritableMemory, alloc: TableAllocator, free: TableFree) -> Table:
         """An empty table: its root comes from ``alloc`` too."""
-        return cls(fmt, mem, int(alloc(1)[0]), alloc, free)
+        table = cls(fmt, mem, int(_tables(fmt, fmt.top_level, 1, alloc)[0]), alloc, free)
+        table._clear(fmt.top_level, np.array([table._row(fmt.top_level, table.root_pa)], np.int64))
+        return table
+
+    def grown(self, fmt: Format) -> Table:
+        """This table under a new root one level higher, as Linux grows an AMD v1 table. The old root stays
+        what it is; the caller makes hardware use the new one.
+
+        :param fmt: the format with one level more.
+        :raises ValueError: the format cannot grow so.
+        """
+        old, top = self.fmt, fmt.top_level
+        if fmt.name != old.name or fmt.levels[:-1] != old.levels or fmt.sign_extend or fmt.iova_base:
+            raise ValueError(f"a table of {old.name} does not grow into the given format")
+        table = Table.create(fmt, self.mem, self._alloc, self._free)
+        item = fmt.table_items(top, np.array([self.root_pa], np.uint64))[0]
+        table._words[top][table._row(top, table.root_pa), 0] = item
+        return table
 
     # -- rows and items --------------------------------------------------------------------------------
 
-    def _row(self, pa: int) -> int:
-        row = self._row_of.get(pa)
+    def _row(self, level: int, pa: int) -> int:
+        rows = self._row_of[level]
+        row = rows.get(pa)
         if row is None:
-            row = int(self._tm.rows.index(np.array([pa], np.uint64))[0])
-            if row < 0:
-                raise MemoryAbsent(pa, self.fmt.table_bytes, f"table of root_pa {self.root_pa:#x}")
-            if len(self._row_of) >= 1 << 16:
-                self._row_of.clear()
-            self._row_of[pa] = row
+            row = int(self._rows(level, np.array([pa], np.uint64))[0])
+            if len(rows) >= 1 << 16:
+                rows.clear()
+            rows[pa] = row
         return row
 
-    def _rows(self, pas: U64) -> I64:
-        rows = self._tm.rows.index(pas)
+    def _rows(self, level: int, pas: U64) -> I64:
+        rows = self._views[level].index(pas)
         if len(rows) and int(rows.min()) < 0:
             raise MemoryAbsent(
-                int(pas[rows < 0][0]), self.fmt.table_bytes, f"table of root_pa {self.root_pa:#x}"
+                int(pas[rows < 0][0]), self.fmt.bytes_of(level), f"table of root_pa {self.root_pa:#x}"
             )
+        if not self._uniform and bool((pas & np.uint64(self.fmt.bytes_of(level) - 1)).any()):
+            raise ValueError(f"a level {level} table of root_pa {self.root_pa:#x} is not aligned to its size")
         return rows
 
-    def _load(self, rows: I64, index: I64) -> U64:
-        return self._words[rows, index].astype(np.uint64, copy=False) ^ self._invert
+    def _clear(self, level: int, rows: I64) -> None:
+        """Make zeroed tables empty, where an empty item is not 0."""
+        if self.fmt.levels[level].invert:
+            self._words[level][rows] = self._inverts[level]
 
-    def _item(self, row: int, index: int) -> int:
-        return int(self._words[row, index]) ^ self.fmt.invert
+    def _load(self, level: int, rows: I64, index: I64) -> U64:
+        return self._words[level][rows, index].astype(np.uint64, copy=False) ^ self._inverts[level]
 
-    def _is_leaf(self, level: int, item: int) -> bool:
+    def _item(self, level: int, row: int, index: int) -> int:
+        return int(self._words[level][row, index]) ^ self.fmt.levels[level].invert
+
+    def _below(self, level: int, items: U64) -> U64:
+        """Pas of the tables that ``items`` of ``level`` point to."""
         spec = self.fmt.levels[level]
-        return spec.leaf and (not spec.table or item & spec.leaf_mask == spec.leaf_value)
+        if len(spec.next_levels) > 1 and len(items):
+            mask, value, _ = spec.next_levels[0]
+            if bool(((items & np.uint64(mask)) != np.uint64(value)).any()):
+                raise ValueError(f"a level {level} item skips levels: Linux makes and changes no such table")
+        return spec.table_pas(items)
 
-    def _are_leaves(self, level: int, items: U64) -> NDArray[np.bool_]:
+    def _table(self, level: int, item: int) -> int:
+        """:meth:`_below` of one item."""
         spec = self.fmt.levels[level]
-        if spec.leaf and spec.table:
-            leaf: NDArray[np.bool_] = (items & np.uint64(spec.leaf_mask)) == np.uint64(spec.leaf_value)
-            return leaf
-        return np.full(len(items), spec.leaf)
+        if len(spec.next_levels) > 1 and spec.next_level(item, level) != level - 1:
+            raise ValueError(f"a level {level} item skips levels: Linux makes and changes no such table")
+        return spec.table_pa(item)
+
+    def _leaf_words(self, level: int, contig: Contig | None, pa: U64, prot: U8) -> U64:
+        """Items for the OAs ``pa``, each that of its own item."""
+        if contig is not None and contig.replicated:
+            size = 1 << (self.fmt.levels[level].shift + contig.lg2)
+            pa = pa & ~np.uint64(size - 1)
+        return self.fmt.leaf_items(level, pa, prot, contig)
 
     def _raw(self, iova: int) -> int:
         if not 0 <= iova < 1 << 64 or not self.fmt.covers(iova):
@@ -197,7 +246,7 @@ class Table:
             fmt.sign_extend and bool(((extents.iova ^ extents.last) >> np.uint64(63)).any())
         ):
             raise ValueError(f"an extent is beyond the {fmt.input_lg2}-bit input of this table")
-        output = np.uint64(~fmt.levels[0].leaf_pa_mask & (2**64 - 1)) & ~small
+        output = np.uint64(~fmt.levels[0].leaf_pa(2**64 - 1) & (2**64 - 1)) & ~small
         if bool(((extents.pa | (extents.pa + (length - one))) & output).any()) or bool(
             (extents.pa + (length - one) < extents.pa).any()
         ):
@@ -206,113 +255,126 @@ class Table:
             raise ValueError("an extent has neither read nor write permission")
         return extents.iova & np.uint64((1 << fmt.input_lg2) - 1), length
 
-    def _runs(
-        self, iova: int, length: int, pa: int, prot: int, max_lg2: int | None
-    ) -> list[tuple[int, int, int, int, int]]:
-        """:func:`choose_leaves` of one extent, in order: (level, raw iova, items, pa, prot)."""
-        sizes = self._sizes(max_lg2)
+    def _runs(self, iova: int, length: int, pa: int, prot: int, max_lg2: int | None) -> list[_Small]:
+        """:func:`choose_leaves` of one extent, in order."""
+        sizes = self._all_sizes if max_lg2 is None else _sizes(self.fmt, max_lg2)
         out = []
         while length:
             fits = (
-                i for i, (_, lg2) in enumerate(sizes) if length >> lg2 and not (iova | pa) & ((1 << lg2) - 1)
+                i
+                for i, (_, lg2, _) in enumerate(sizes)
+                if length >> lg2 and not (iova | pa) & ((1 << lg2) - 1)
             )
             n = next(fits)
-            level, lg2 = sizes[n]
+            level, lg2, contig = sizes[n]
             count = length >> lg2
             if n:  # up to where a larger leaf fits
                 larger = 1 << sizes[n - 1][1]
                 ahead = -iova & (larger - 1)
                 if not (iova ^ pa) & (larger - 1) and ahead and ahead + larger <= length:
                     count = ahead >> lg2
-            out.append((level, iova, count, pa, prot))
+            items = count if contig is None else count << contig.lg2
+            out.append((level, contig, iova, items, pa, prot))
             iova, pa, length = iova + (count << lg2), pa + (count << lg2), length - (count << lg2)
         return out
 
-    def _sizes(self, max_lg2: int | None) -> list[tuple[int, int]]:
-        """(level, log2 size) of the leaves, from large to small."""
-        levels = enumerate(self.fmt.levels)
-        sizes = [(n, s.shift) for n, s in levels if s.leaf and (max_lg2 is None or s.shift <= max_lg2)]
-        if not sizes:
-            raise ValueError(f"{self.fmt.name} has no leaf of at most 2**{max_lg2} bytes")
-        return sizes[::-1]
-
-    def _map_small(self, runs: list[tuple[int, int, int, int, int]]) -> None:
+    def _map_small(self, runs: list[_Small]) -> None:
         fmt = self.fmt
         # (level, key) -> row, or -1 where the table is still to be allocated
-        rows: dict[tuple[int, int], int] = {(fmt.top_level, 0): self._row(self.root_pa)}
+        rows: dict[tuple[int, int], int] = {(fmt.top_level, 0): self._row(fmt.top_level, self.root_pa)}
         new: list[tuple[int, int]] = []
 
         def resolve(level: int, key: int, iova: int) -> int:
             row = rows.get((level, key))
             if row is not None:
                 return row
-            bits = fmt.levels[level + 1].index_bits
+            spec = fmt.levels[level + 1]
+            bits = spec.index_bits
             parent = resolve(level + 1, key >> bits, iova)
-            item = self._item(parent, key & ((1 << bits) - 1)) if parent >= 0 else 0
-            if parent < 0 or not item & fmt.occupied_mask:
+            item = self._item(level + 1, parent, key & ((1 << bits) - 1)) if parent >= 0 else 0
+            if parent < 0 or not item & self._occupied[level + 1]:
                 new.append((level, key))
                 row = -1
-            elif self._is_leaf(level + 1, item):
+            elif spec.is_leaf(item):
                 raise AlreadyMapped(self._extended(iova))
             else:
-                row = self._row(item & fmt.levels[level + 1].table_pa_mask)
+                row = self._row(level, self._table(level + 1, item))
             rows[level, key] = row
             return row
 
-        todo: list[tuple[int, int, int, int, int, int]] = []
-        replaced: list[U64] = []
-        occupied = np.uint64(fmt.occupied_mask)
-        for level, iova, count, pa, prot in runs:
+        todo: list[tuple[int, Contig | None, int, int, int, int, int]] = []
+        replaced: list[tuple[int, U64]] = []
+        for level, contig, iova, count, pa, prot in runs:
             spec = fmt.levels[level]
             while count:
                 key, index = iova >> (spec.shift + spec.index_bits), (iova >> spec.shift) & (spec.items - 1)
                 n = min(count, spec.items - index)
                 row = resolve(level, key, iova)
                 if row >= 0:
-                    there = self._words[row, index : index + n].astype(np.uint64, copy=False) ^ self._invert
-                    busy = np.flatnonzero(there & occupied)
+                    there = self._words[level][row, index : index + n].astype(np.uint64, copy=False)
+                    there = there ^ self._inverts[level]
+                    busy = np.flatnonzero(there & np.uint64(self._occupied[level]))
                     if len(busy):
                         at = np.uint64(iova) + (busy.astype(np.uint64) << np.uint64(spec.shift))
                         replaced += self._emptied(level, there[busy], at)
-                todo.append((level, key, index, n, pa, prot))
+                todo.append((level, contig, key, index, n, pa, prot))
                 iova, count, pa = iova + (n << spec.shift), count - n, pa + (n << spec.shift)
         pas: dict[tuple[int, int], int] = {}
-        if new:
-            for place, table in zip(new, self._alloc(len(new)).tolist(), strict=True):
+        for level in sorted({place[0] for place in new}) if not self._uniform else [0] if new else []:
+            places = new if self._uniform else [place for place in new if place[0] == level]
+            tables = _tables(fmt, level, len(places), self._alloc)
+            for place, table in zip(places, tables.tolist(), strict=True):
                 pas[place] = table
-                rows[place] = self._row(table)
-        for level, key, index, n, pa, prot in todo:
+                rows[place] = row = self._row(place[0], table)
+                if fmt.levels[place[0]].invert:
+                    self._words[place[0]][row] = self._inverts[place[0]]
+        for level, contig, key, index, n, pa, prot in todo:
             spec = fmt.levels[level]
             step = np.arange(n, dtype=np.uint64) << np.uint64(spec.shift)
-            first = np.uint64(pa | spec.prot_bits[prot] | spec.leaf_base)
-            self._words[rows[level, key], index : index + n] = (step + first) ^ self._invert
+            if contig is None and not spec.pa_shift and not spec.pa_pieces:
+                words = step + np.uint64(pa | fmt.leaf_bits(level, prot))
+            else:
+                prots = np.full(n, prot, np.uint8)
+                words = self._leaf_words(level, contig, step + np.uint64(pa), prots)
+            self._words[level][rows[level, key], index : index + n] = words
         # The lowest first: what hardware can reach is complete at every moment.
         for (level, key), table in sorted(pas.items()):
             bits = fmt.levels[level + 1].index_bits
             item = fmt.table_items(level + 1, np.array([table], np.uint64))[0]
-            self._words[rows[level + 1, key >> bits], key & ((1 << bits) - 1)] = item
-        if replaced:
-            self._free(np.concatenate(replaced))
+            self._words[level + 1][rows[level + 1, key >> bits], key & ((1 << bits) - 1)] = item
+        self._give_back(replaced)
 
-    def _emptied(self, level: int, items: U64, iovas: U64) -> list[U64]:
-        """Pages of the tables that ``items`` of ``level`` point to; they hold no leaf.
+    def _give_back(self, tables: list[tuple[int, U64]]) -> None:
+        """Free tables of levels."""
+        sizes = {level: self.fmt.bytes_of(level) for level, _ in tables}
+        for size in sorted(set(sizes.values())):
+            pas = np.concatenate([pas for level, pas in tables if sizes[level] == size])
+            if _standard(self.fmt, size):
+                self._free(pas)
+            else:
+                self._free(pas, size)
+
+    def _emptied(self, level: int, items: U64, iovas: U64) -> list[tuple[int, U64]]:
+        """Level and pas of the tables that ``items`` of ``level`` point to; they hold no leaf.
 
         Linux: clear_contig() and __collect_tables() in iommu_pt.h. :raises AlreadyMapped: an item is a leaf,
         or a leaf lies below.
         """
-        leaf = self._are_leaves(level, items)
+        spec = self.fmt.levels[level]
+        leaf = spec.are_leaves(items)
         if leaf.any():
             raise AlreadyMapped(self._extended(int(iovas[leaf][0])))
         pages = []
         while len(items):
-            pas = items & np.uint64(self.fmt.levels[level].table_pa_mask)
-            pages.append(pas)
+            pas = self._below(level, items)
             level -= 1
-            below = self._tm.items(self._rows(pas), level)
-            table, index = np.nonzero(below & np.uint64(self.fmt.occupied_mask))
+            spec = self.fmt.levels[level]
+            pages.append((level, pas))
+            below = self._words[level][self._rows(level, pas)].astype(np.uint64) ^ self._inverts[level]
+            table, index = np.nonzero(below & np.uint64(self._occupied[level]))
             items = below[table, index]
-            iovas = iovas[table] + (index.astype(np.uint64) << np.uint64(self.fmt.levels[level].shift))
-            leaf = self._are_leaves(level, items)
+            iovas = iovas[table] + (index.astype(np.uint64) << np.uint64(spec.shift))
+            leaf = spec.are_leaves(items)
             if leaf.any():
                 raise AlreadyMapped(self._extended(int(iovas[leaf][0])))
         return pages
@@ -326,16 +388,21 @@ class Table:
         needed = self._needed(segments)
         for seg in segments:  # other sizes may need tables of the same level
             seg.table = np.searchsorted(needed[seg.level].key, seg.unique)[seg.table]
-        replaced: list[U64] = []
+        replaced: list[tuple[int, U64]] = []
         for seg in segments:
             replaced += self._check_free(seg, needed[seg.level])
         missing = [np.flatnonzero(n.row < 0) for n in needed]
         total = sum(len(m) for m in missing)
         if total:
-            pas, place = self._alloc(total), 0
-            for at, new in zip(reversed(needed), reversed(missing), strict=True):
-                at.pa[new] = pas[place : place + len(new)]
-                at.row[new] = self._rows(at.pa[new])
+            pas, place = self._alloc(total) if self._uniform else np.zeros(0, np.uint64), 0
+            for level in range(fmt.top_level, -1, -1):
+                at, new = needed[level], missing[level]
+                if self._uniform:
+                    at.pa[new] = pas[place : place + len(new)]
+                elif len(new):
+                    at.pa[new] = _tables(fmt, level, len(new), self._alloc)
+                at.row[new] = self._rows(level, at.pa[new])
+                self._clear(level, at.row[new])
                 place += len(new)
         for seg in segments:
             self._write(seg, needed[seg.level].row)
@@ -347,9 +414,8 @@ class Table:
                 parent = np.searchsorted(needed[level + 1].key, key >> bits)
                 index = (key & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
                 items = fmt.table_items(level + 1, needed[level].pa[new])
-                self._words[needed[level + 1].row[parent], index] = items
-        if replaced:
-            self._free(np.concatenate(replaced))
+                self._words[level + 1][needed[level + 1].row[parent], index] = items
+        self._give_back(replaced)
 
     def _needed(self, segments: list[_Segments]) -> list[_Needed]:
         """Tables of every level that the segments go through. :raises AlreadyMapped: a leaf is in the way."""
@@ -362,7 +428,7 @@ class Table:
             up = up[_firsts(up)]
             keys[level + 1] = np.union1d(keys[level + 1], up) if len(keys[level + 1]) else up
         root = np.array([self.root_pa], np.uint64)
-        out = [_Needed(np.zeros(1, np.uint64), root, self._rows(root))]
+        out = [_Needed(np.zeros(1, np.uint64), root, self._rows(fmt.top_level, root))]
         for level in range(fmt.top_level - 1, -1, -1):
             above, key = out[0], keys[level]
             bits = np.uint64(fmt.levels[level + 1].index_bits)
@@ -370,36 +436,36 @@ class Table:
             index = (key & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
             pa, row = np.zeros(len(key), np.uint64), np.full(len(key), -1, np.int64)
             linked = np.flatnonzero(parent >= 0)
-            item = self._load(parent[linked], index[linked])
-            there = (item & np.uint64(fmt.occupied_mask)) != 0
+            item = self._load(level + 1, parent[linked], index[linked])
+            there = (item & np.uint64(self._occupied[level + 1])) != 0
             linked, item = linked[there], item[there]
-            leaf = self._are_leaves(level + 1, item)
+            leaf = fmt.levels[level + 1].are_leaves(item)
             if leaf.any():
                 spec = fmt.levels[level]
                 raise AlreadyMapped(
                     self._extended(int(key[linked[leaf]][0]) << (spec.shift + spec.index_bits))
                 )
-            pa[linked] = item & np.uint64(fmt.levels[level + 1].table_pa_mask)
-            row[linked] = self._rows(pa[linked])
+            pa[linked] = self._below(level + 1, item)
+            row[linked] = self._rows(level, pa[linked])
             out.insert(0, _Needed(key, pa, row))
         return out
 
-    def _check_free(self, seg: _Segments, needed: _Needed) -> list[U64]:
-        """Pages of emptied tables where the leaves go. :raises AlreadyMapped: one place is taken."""
+    def _check_free(self, seg: _Segments, needed: _Needed) -> list[tuple[int, U64]]:
+        """Level and pas of emptied tables where the leaves go. :raises AlreadyMapped: one place is taken."""
         spec = self.fmt.levels[seg.level]
         old = needed.row[seg.table] >= 0
         if not old.any():
             return []
-        replaced: list[U64] = []
+        replaced: list[tuple[int, U64]] = []
         there = _Segments(
-            seg.level, seg.key[old], seg.index[old], seg.count[old], seg.pa[old], seg.prot[old],
+            seg.level, seg.contig, seg.key[old], seg.index[old], seg.count[old], seg.pa[old], seg.prot[old],
             seg.unique, seg.table[old],
         )  # fmt: skip
-        flat = self._words.reshape(-1)
+        flat = self._words[seg.level].reshape(-1)
         for part in _batches(there.count):
             where, owner, _ = _places(there, needed.row, part, spec.items)
-            item = flat[where].astype(np.uint64, copy=False) ^ self._invert
-            busy = np.flatnonzero(item & np.uint64(self.fmt.occupied_mask))
+            item = flat[where].astype(np.uint64, copy=False) ^ self._inverts[seg.level]
+            busy = np.flatnonzero(item & np.uint64(self._occupied[seg.level]))
             if len(busy):
                 index = (where[busy] & (spec.items - 1)).astype(np.uint64)
                 key = there.key[part][owner[busy]] if owner is not None else there.key[part][busy]
@@ -410,27 +476,29 @@ class Table:
     def _write(self, seg: _Segments, rows: I64) -> None:
         spec = self.fmt.levels[seg.level]
         full = np.flatnonzero(seg.count == spec.items)
-        if len(full) and self._tm.plain:
+        words = self._words[seg.level]
+        if len(full) and self._tm.plains[seg.level] and seg.contig is None and not spec.pa_pieces:
             first = self.fmt.leaf_items(seg.level, seg.pa[full], seg.prot[full])
-            ramp = np.arange(spec.items, dtype=np.uint64) << np.uint64(spec.shift)
+            step = np.uint64((1 << spec.shift) >> spec.pa_shift)
+            ramp = np.arange(spec.items, dtype=np.uint64) * step
             place = rows[seg.table[full]]
             for n, row in enumerate(place.tolist()):
-                np.add(ramp, first[n], out=self._words[row])
+                np.add(ramp, first[n], out=words[row])
             if len(full) == len(seg.count):
                 return
             rest = seg.count != spec.items
             seg = _Segments(
-                seg.level, seg.key[rest], seg.index[rest], seg.count[rest], seg.pa[rest], seg.prot[rest],
-                seg.unique, seg.table[rest],
+                seg.level, seg.contig, seg.key[rest], seg.index[rest], seg.count[rest], seg.pa[rest],
+                seg.prot[rest], seg.unique, seg.table[rest],
             )  # fmt: skip
-        flat = self._words.reshape(-1)
+        flat = words.reshape(-1)
         for part in _batches(seg.count):
             where, owner, inner = _places(seg, rows, part, spec.items)
             pa, prot = seg.pa[part], seg.prot[part]
             if owner is not None and inner is not None:
                 pa = pa[owner] + (inner.astype(np.uint64) << np.uint64(spec.shift))
                 prot = prot[owner]
-            flat[where] = self.fmt.leaf_items(seg.level, pa, prot)
+            flat[where] = self._leaf_words(seg.level, seg.contig, pa, prot)
 
     # -- unmap -----------------------------------------------------------------------------------------
 
@@ -440,77 +508,108 @@ class Table:
         :return: what was removed.
         :raises ValueError: a leaf is only partly inside. Nothing was changed.
         """
-        found, rows, index = self._look(iova, last)
+        found, level, rows, index = self._look(iova, last)
         lasts = found.last
         if len(found) and (int(found.iova[0]) < iova or int(lasts[-1]) > last):
             part = 0 if int(found.iova[0]) < iova else -1
             raise ValueError(
                 f"[{iova:#x}, {last:#x}] cuts the leaf [{int(found.iova[part]):#x}, {int(lasts[part]):#x}]"
             )
-        if len(rows):
-            self._words[rows, index] = 0
+        levels = np.unique(level).tolist() if len(level) > 1 else level.tolist()
+        for number in levels:
+            r, i = rows, index
+            if len(levels) > 1:
+                mine = level == number
+                r, i = rows[mine], index[mine]
+            if self.fmt.levels[number].contig:
+                lg2 = found.lg2 if len(levels) == 1 else found.lg2[mine]
+                count = np.int64(1) << (lg2.astype(np.int64) - self.fmt.levels[number].shift)
+                owner = np.repeat(np.arange(len(count)), count)
+                inner = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
+                r, i = r[owner], i[owner] + inner
+            self._words[number][r, i] = self._inverts[number]
         return found
 
-    def _look(self, start: int, last: int) -> tuple[Leaves, I64, I64]:
-        """Leaves that touch [start, last], with row and index of each item; as Linux sees them."""
+    def _look(self, start: int, last: int) -> tuple[Leaves, U8, I64, I64]:
+        """Leaves that touch [start, last], with level, row and index of the first item of each; as Linux
+        sees them.
+        """
         if start > last:
             raise ValueError(f"[{start:#x}, {last:#x}] is no range")
         fmt = self.fmt
         if last - start < _SMALL_SPAN:
             parts: list[tuple[Items, I64, I64]] = []
             for a, b in raw_ranges(fmt, start, last):
-                self._look_small(fmt.top_level, self._row(self.root_pa), 0, 3, a, b, parts)
+                self._look_small(fmt.top_level, self._row(fmt.top_level, self.root_pa), 0, 3, a, b, parts)
             if not parts:
                 none = np.zeros(0, np.int64)
-                return Leaves.of(fmt, Items.join([])), none, none
+                return Leaves.of(fmt, Items.join([])), np.zeros(0, np.uint8), none, none
             items = Items.join([p[0] for p in parts])
             return (
                 Leaves.of(fmt, items),
+                items.level,
                 np.concatenate([p[1] for p in parts]),
                 np.concatenate([p[2] for p in parts]),
             )
         items, _ = leaf_items(self._tm, self.root_pa, start, last)
-        size = np.uint64(fmt.table_bytes - 1)
-        index = ((items.at & size) // np.uint64(fmt.item_bytes)).astype(np.int64)
-        return Leaves.of(fmt, items), self._rows(items.at & ~size), index
+        rows, index = np.zeros(len(items), np.int64), np.zeros(len(items), np.int64)
+        for level in [0] if self._uniform else np.unique(items.level).tolist():
+            mine = slice(None) if self._uniform else items.level == level
+            at, size = items.at[mine], np.uint64(fmt.bytes_of(level) - 1)
+            index[mine] = ((at & size) // np.uint64(fmt.item_bytes)).astype(np.int64)
+            rows[mine] = self._rows(level, at & ~size)
+        return Leaves.of(fmt, items), items.level, rows, index
 
     def _look_small(
         self, level: int, row: int, base: int, prot: int, a: int, b: int, out: list[tuple[Items, I64, I64]]
     ) -> None:
-        fmt, spec = self.fmt, self.fmt.levels[level]
+        spec = self.fmt.levels[level]
         lo, hi = max(a - base, 0) >> spec.shift, min((b - base) >> spec.shift, spec.items - 1)
-        items = self._words[row, lo : hi + 1].astype(np.uint64, copy=False) ^ self._invert
-        index = np.flatnonzero(items & np.uint64(fmt.occupied_mask))
+        if spec.contig:  # with the whole of every contiguous entry
+            whole = (1 << max(c.lg2 for c in spec.contig)) - 1
+            lo, hi = lo & ~whole, min(hi | whole, spec.items - 1)
+        items = self._words[level][row, lo : hi + 1].astype(np.uint64, copy=False) ^ self._inverts[level]
+        index = np.flatnonzero(items & np.uint64(self._occupied[level]))
         if not len(index):
             return
         found = items[index]
-        leaf = self._are_leaves(level, found)
+        leaf = spec.are_leaves(found)
         if leaf.all():
-            out.append(self._found(level, row, base, prot, found, index + lo))
+            self._found(level, row, base, prot, found, index + lo, a, b, out)
             return
-        for i, item, is_leaf in zip((index + lo).tolist(), found.tolist(), leaf.tolist(), strict=True):
-            if is_leaf:
-                one = np.array([i], np.int64)
-                out.append(self._found(level, row, base, prot, np.array([item], np.uint64), one))
+        first = 0
+        tables = np.flatnonzero(~leaf).tolist()
+        for n in [*tables, len(found)]:
+            if n > first:
+                part = slice(first, n)
+                self._found(level, row, base, prot, found[part], index[part] + lo, a, b, out)
+            first = n + 1
+            if n == len(found):
+                return
+            item, start = int(found[n]), base + ((int(index[n]) + lo) << spec.shift)
+            if start > b or start + (1 << spec.shift) - 1 < a:
                 continue
             through = (
                 int(item & spec.tr_mask == spec.tr_value) | int(item & spec.tw_mask == spec.tw_value) << 1
             )
-            below = self._row(item & spec.table_pa_mask)
-            self._look_small(level - 1, below, base + (i << spec.shift), prot & through, a, b, out)
+            below = self._row(level - 1, self._table(level, item))
+            self._look_small(level - 1, below, start, prot & through, a, b, out)
 
     def _found(
-        self, level: int, row: int, base: int, prot: int, items: U64, index: I64
-    ) -> tuple[Items, I64, I64]:
+        self, level: int, row: int, base: int, prot: int, items: U64, index: I64, a: int, b: int,
+        out: list[tuple[Items, I64, I64]],
+    ) -> None:  # fmt: skip
+        """Leaves of one table, in order."""
         spec, n = self.fmt.levels[level], len(items)
-        r = (items & np.uint64(spec.r_mask)) == np.uint64(spec.r_value)
-        w = (items & np.uint64(spec.w_mask)) == np.uint64(spec.w_value)
-        grants = (r.view(np.uint8) | (w.view(np.uint8) << np.uint8(1))) & np.uint8(prot)
         iova = np.uint64(base) + (index.astype(np.uint64) << np.uint64(spec.shift))
-        pa = items & np.uint64(spec.leaf_pa_mask)
-        levels, lg2 = np.full(n, level, np.uint8), np.full(n, spec.shift, np.uint8)
-        leaves = Items(iova, pa, levels, grants, items, np.zeros(n, np.uint64), lg2)
-        return leaves, np.full(n, row, np.int64), index
+        # With the index for the item's pa: which items are the first of their leaf is the engine's to say.
+        at = index.astype(np.uint64)
+        leaves, torn = leaves_of(self._tm, level, iova, items, at, np.full(n, prot, np.uint8))
+        if spec.contig:
+            leaves, _ = clipped(leaves, torn, a, b)
+            if not len(leaves):
+                return
+        out.append((leaves, np.full(len(leaves), row, np.int64), leaves.at.astype(np.int64)))
 
     # -- looking ---------------------------------------------------------------------------------------
 
@@ -524,54 +623,71 @@ class Table:
         if len(iovas) <= 8:
             return np.array([self._one_to_phys(iova) for iova in iovas.tolist()], np.uint64)
         raw = iovas & np.uint64((1 << fmt.input_lg2) - 1)
-        block = np.uint64(fmt.levels[0].shift + fmt.levels[0].index_bits)
+        block = np.uint64(min(fmt.levels[0].shift + fmt.levels[0].index_bits, 63))
         # Neighbours share all tables but the last look-up: walk once per run of them.
         first = _firsts(raw >> block)
         one = raw[first]
-        row = np.full(len(first), self._row(self.root_pa), np.int64)
+        row = np.full(len(first), self._row(fmt.top_level, self.root_pa), np.int64)
         done = np.zeros(len(first), np.bool_)
-        pa, mask = np.zeros(len(first), np.uint64), np.zeros(len(first), np.uint64)
+        #: at each block the item of a large leaf, and its level
+        large, at_level = np.zeros(len(first), np.uint64), np.zeros(len(first), np.uint8)
         for level in range(fmt.top_level, 0, -1):
             spec = fmt.levels[level]
             index = ((one >> np.uint64(spec.shift)) & np.uint64(spec.items - 1)).astype(np.int64)
-            item = self._load(row, index)
-            there = ((item & np.uint64(fmt.occupied_mask)) != 0) & ~done
-            leaf = self._are_leaves(level, item) & there
+            item = self._load(level, row, index)
+            there = ((item & np.uint64(self._occupied[level])) != 0) & ~done
+            leaf = spec.are_leaves(item) & there
             if leaf.any():
-                pa[leaf] = item[leaf] & np.uint64(spec.leaf_pa_mask)
-                mask[leaf] = np.uint64((1 << spec.shift) - 1)
+                large[leaf], at_level[leaf] = item[leaf], level
             down = there & ~leaf
             done = ~down
             row = np.zeros(len(first), np.int64)
-            row[down] = self._rows(item[down] & np.uint64(spec.table_pa_mask))
+            row[down] = self._rows(level - 1, self._below(level, item[down]))
         spec = fmt.levels[0]
         if len(first) != len(raw):
             owner = np.zeros(len(raw), np.int64)
             owner[first[1:]] = 1
             owner = np.cumsum(owner)
-            row, done, pa, mask = row[owner], done[owner], pa[owner], mask[owner]
+            row, done, large, at_level = row[owner], done[owner], large[owner], at_level[owner]
         index = ((raw >> np.uint64(spec.shift)) & np.uint64(spec.items - 1)).astype(np.int64)
-        item = self._load(row, index)
-        last = (item & np.uint64(spec.leaf_pa_mask)) | (raw & np.uint64((1 << spec.shift) - 1))
-        last[(item & np.uint64(fmt.occupied_mask)) == 0] = 0
-        large = pa | (raw & mask)
-        found = np.where(done, large, last)
+        item = self._load(0, row, index)
+        found = self._outputs(0, item, raw)
+        found[(item & np.uint64(self._occupied[0])) == 0] = 0
+        found[done] = 0
+        for level in np.unique(at_level).tolist():
+            if level:
+                mine = at_level == level
+                found[mine] = self._outputs(level, large[mine], raw[mine])
         found[~fmt.covers_array(iovas)] = 0
         return found
+
+    def _outputs(self, level: int, items: U64, raw: U64) -> U64:
+        """What leaves of one level make of raw IOVAs."""
+        spec = self.fmt.levels[level]
+        inner = np.uint64((1 << spec.shift) - 1)
+        pa = spec.leaf_pas(items) | (raw & inner)
+        for contig in spec.contig:
+            mine = (items & np.uint64(contig.mask)) == np.uint64(contig.value)
+            if contig.replicated and mine.any():
+                inner = np.uint64((1 << (spec.shift + contig.lg2)) - 1)
+                pa[mine] = (pa[mine] & ~inner) | (raw[mine] & inner)
+        return pa
 
     def _one_to_phys(self, iova: int) -> int:
         fmt = self.fmt
         if not fmt.covers(iova):
             return 0
-        row = self._row(self.root_pa)
+        row = self._row(fmt.top_level, self.root_pa)
         for level in range(fmt.top_level, -1, -1):
             spec = fmt.levels[level]
-            item = self._item(row, (iova >> spec.shift) & (spec.items - 1))
-            if not item & fmt.occupied_mask:
+            item = self._item(level, row, (iova >> spec.shift) & (spec.items - 1))
+            if not item & self._occupied[level]:
                 return 0
-            if self._is_leaf(level, item):
-                return (item & spec.leaf_pa_mask) | (iova & ((1 << spec.shift) - 1))
-            row = self._row(item & spec.table_pa_mask)
+            if spec.is_leaf(item):
+                contig = spec.contig_of(item) if spec.contig else None
+                lg2 = spec.shift + (contig.lg2 if contig is not None and contig.replicated else 0)
+                return spec.leaf_pa(item) & -(1 << lg2) | (iova & ((1 << lg2) - 1))
+            row = self._row(level - 1, self._table(level, item))
         return 0
 
     def leaves(self, start: int = 0, last: int | None = None) -> Leaves:
@@ -579,14 +695,48 @@ class Table:
         return self._look(start, 2**64 - 1 if last is None else last)[0]
 
     def pages(self) -> U64:
-        """Pas of every table page, sorted, the root included."""
+        """Pas of every table, sorted, the root included."""
         upper = descend(self._tm, self.root_pa)
         raise_unreadable(self.fmt, upper.problems)
         return np.unique(np.concatenate(upper.pages))
 
     def free_all(self) -> None:
-        """Give every table page, the root included, to ``free``; the table is of no use afterwards."""
-        self._free(self.pages())
+        """Give every table, the root included, to ``free``; the table is of no use afterwards."""
+        if self._uniform:
+            self._free(self.pages())
+            return
+        upper = descend(self._tm, self.root_pa)
+        raise_unreadable(self.fmt, upper.problems)
+        top = self.fmt.top_level
+        self._give_back([(top - n, np.unique(pas)) for n, pas in enumerate(upper.pages) if len(pas)])
+
+
+#: level, contiguous entry, raw iova, items, pa, prot
+_Small = tuple[int, Contig | None, int, int, int, int]
+
+
+def _standard(fmt: Format, size: int) -> bool:
+    """Tables of this size are allocated as ``fmt.table_bytes``; a small root gets a whole one."""
+    return size == fmt.table_bytes or (size == fmt.root_bytes and size < fmt.table_bytes)
+
+
+def _tables(fmt: Format, level: int, n: int, alloc: TableAllocator) -> U64:
+    """n zeroed tables of a level."""
+    size = fmt.bytes_of(level)
+    return alloc(n) if _standard(fmt, size) else alloc(n, size)
+
+
+def _sizes(fmt: Format, max_lg2: int | None) -> list[tuple[int, int, Contig | None]]:
+    """(level, log2 size, contiguous entry) of the leaves that Linux makes, from large to small."""
+    out: list[tuple[int, int, Contig | None]] = []
+    for level, spec in enumerate(fmt.levels):
+        runs = {spec.shift + c.lg2: c for c in spec.contig}
+        for lg2 in spec.lg2s:
+            if max_lg2 is None or lg2 <= max_lg2:
+                out.append((level, lg2, None if lg2 == spec.shift else runs[lg2]))
+    if not out:
+        raise ValueError(f"{fmt.name} has no leaf of at most 2**{max_lg2} bytes")
+    return out[::-1]
 
 
 def _firsts(values: U64) -> NDArray[np.intp]:
@@ -598,34 +748,34 @@ def _firsts(values: U64) -> NDArray[np.intp]:
 
 def choose_leaves(fmt: Format, iova: U64, length: U64, pa: U64, prot: U8, max_lg2: int | None) -> list[_Runs]:
     """Leaf sizes as ``iommu_pgsize()`` takes them: runs per level, from large to small. ``iova`` is raw."""
-    sizes = [
-        n for n, level in enumerate(fmt.levels) if level.leaf and (max_lg2 is None or level.shift <= max_lg2)
-    ]
-    if not sizes:
-        raise ValueError(f"{fmt.name} has no leaf of at most 2**{max_lg2} bytes")
+    sizes = _sizes(fmt, max_lg2)
     out = []
-    for level in reversed(sizes[1:]):
-        size = np.uint64(1 << fmt.levels[level].shift)
-        mask = size - np.uint64(1)
-        begin, end = (iova + mask) & ~mask, (iova + length) & ~mask
-        fits = (((iova ^ pa) & mask) == 0) & (end > begin)
+    # In pages of the smallest level: the end of a space of 64 bits is no uint64 of bytes.
+    page = fmt.levels[0].shift
+    unit = np.uint64(page)
+    first, pages = iova >> unit, length >> unit
+    for level, lg2, contig in sizes[:-1]:
+        mask = np.uint64((1 << (lg2 - page)) - 1)
+        begin, end = (first + mask) & ~mask, (first + pages) & ~mask
+        fits = (((first ^ (pa >> unit)) & mask) == 0) & (end > begin)
         if not fits.any():
             continue
-        b, e, i, n = begin[fits], end[fits], iova[fits], length[fits]
-        count = ((e - b) >> np.uint64(fmt.levels[level].shift)).astype(np.int64)
-        out.append(_sorted(_Runs(level, b, count, pa[fits] + (b - i), prot[fits])))
+        b, e, i, n = begin[fits], end[fits], first[fits], pages[fits]
+        count = ((e - b) >> np.uint64(fmt.levels[level].shift - page)).astype(np.int64)
+        start = pa[fits] + ((b - i) << unit)
+        out.append(_sorted(_Runs(level, lg2, contig, b << unit, count, start, prot[fits])))
         rest = ~fits
         head, tail = b > i, i + n > e
-        iova, length, pa, prot = (
-            np.concatenate((iova[rest], i[head], e[tail])),
-            np.concatenate((length[rest], (b - i)[head], (i + n - e)[tail])),
-            np.concatenate((pa[rest], pa[fits][head], (pa[fits] + (e - i))[tail])),
+        first, pages, pa, prot = (
+            np.concatenate((first[rest], i[head], e[tail])),
+            np.concatenate((pages[rest], (b - i)[head], (i + n - e)[tail])),
+            np.concatenate((pa[rest], pa[fits][head], (pa[fits] + ((e - i) << unit))[tail])),
             np.concatenate((prot[rest], prot[fits][head], prot[fits][tail])),
         )
-    level = sizes[0]
-    if len(iova):
-        count = (length >> np.uint64(fmt.levels[level].shift)).astype(np.int64)
-        out.append(_sorted(_Runs(level, iova, count, pa, prot)))
+    level, lg2, contig = sizes[-1]
+    if len(first):
+        count = (pages >> np.uint64(fmt.levels[level].shift - page)).astype(np.int64)
+        out.append(_sorted(_Runs(level, lg2, contig, first << unit, count, pa, prot)))
     return out
 
 
@@ -633,7 +783,15 @@ def _sorted(runs: _Runs) -> _Runs:
     if bool((runs.iova[1:] > runs.iova[:-1]).all()):
         return runs
     order = np.argsort(runs.iova, kind="stable")
-    return _Runs(runs.level, runs.iova[order], runs.count[order], runs.pa[order], runs.prot[order])
+    return _Runs(
+        runs.level,
+        runs.lg2,
+        runs.contig,
+        runs.iova[order],
+        runs.count[order],
+        runs.pa[order],
+        runs.prot[order],
+    )
 
 
 def _cut(fmt: Format, runs: _Runs) -> _Segments:
@@ -657,7 +815,7 @@ def _cut(fmt: Format, runs: _Runs) -> _Segments:
     first = _firsts(key)
     step = np.zeros(len(key), np.int64)
     step[first[1:]] = 1
-    return _Segments(runs.level, key, index, count, pa, prot, key[first], np.cumsum(step))
+    return _Segments(runs.level, runs.contig, key, index, count, pa, prot, key[first], np.cumsum(step))
 
 
 def _batches(count: I64) -> list[slice]:

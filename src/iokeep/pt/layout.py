@@ -86,7 +86,7 @@ def kernel_layout(fmt: Format, areas: Extents, max_lg2: int | None = None) -> La
         shift = np.uint64(fmt.levels[run.level].shift)
         iova = fmt.extend(run.iova)
         last = iova + ((run.count.astype(np.uint64) << shift) - _ONE)
-        parts.append(Layout.of(iova, last, np.full(len(iova), int(shift), np.uint8)))
+        parts.append(Layout.of(iova, last, np.full(len(iova), run.lg2, np.uint8)))
     return Layout.join(parts)
 
 

@@ -254,7 +254,7 @@ def _contigs(spec: LevelSpec, items: U64) -> tuple[U8, NDArray[np.bool_] | None,
     return run, false, reserved
 
 
-def _leaves_of(
+def leaves_of(
     tm: TableMemory, level: int, iova: U64, items: U64, at: U64, upper: U8
 ) -> tuple[Items, Problems]:
     """Leaves from items that are leaves, in order of iova, and what is wrong with them.
@@ -363,7 +363,7 @@ def _window(spec: LevelSpec, start: int, last: int) -> tuple[np.uint64, np.uint6
     return np.uint64(start & ~whole), np.uint64(min(last | whole, 2**64 - 1))
 
 
-def _clipped(leaves: Items, problems: Problems, start: int, last: int) -> tuple[Items, Problems]:
+def clipped(leaves: Items, problems: Problems, start: int, last: int) -> tuple[Items, Problems]:
     """What touches [start, last]."""
     a, b = np.uint64(start), np.uint64(last)
     end = leaves.iova + ((np.uint64(1) << leaves.lg2.astype(np.uint64)) - np.uint64(1))
@@ -398,9 +398,9 @@ def _classify(
     where = at[table] + index * np.uint64(fmt.item_bytes)
     upper = prot[table]
     leaf = spec.are_leaves(item)
-    leaves, found = _leaves_of(tm, level, iova[leaf], item[leaf], where[leaf], upper[leaf])
+    leaves, found = leaves_of(tm, level, iova[leaf], item[leaf], where[leaf], upper[leaf])
     if not whole and spec.contig:
-        leaves, found = _clipped(leaves, found, start, last)
+        leaves, found = clipped(leaves, found, start, last)
     problems = [found]
     down = ~leaf
     if not whole and spec.contig:
@@ -578,9 +578,9 @@ def expand(
             inside = (_spans(iova, spec.shift) >= a) & (iova <= b)
             table, index, item, iova = table[inside], index[inside], item[inside], iova[inside]
         at = pa[lo:hi][table] + index * np.uint64(fmt.item_bytes)
-        leaves, bad = _leaves_of(tm, 0, iova, item, at, prot[lo:hi][table])
+        leaves, bad = leaves_of(tm, 0, iova, item, at, prot[lo:hi][table])
         if not whole and spec.contig:
-            leaves, bad = _clipped(leaves, bad, start, end)
+            leaves, bad = clipped(leaves, bad, start, end)
         yield leaves, bad
 
 
