@@ -61,13 +61,24 @@ XN = bits(54, 53)
 #: normal memory, write-back: MemAttr 0b1111 (ARM_LPAE_PTE_MEMATTR_OIWB), with FWB 0b0110
 #: (ARM_LPAE_PTE_MEMATTR_FWB_WB)
 WRITE_BACK = {0: 0xF << 2, 1: 0x6 << 2}
+#: memory attributes of a leaf at every level, any value of which hardware takes
+MEMORY = MappingProxyType({"mem_attr": MEM_ATTR, "sh": SH, "xn": XN})
+
+
+def kernel_flags(level: int, fwb: int = 0) -> Mapping[str, tuple[int, int]]:
+    """IOMMU_* flag -> (mask, value) of a leaf that was mapped with it (arm_lpae_prot_to_pte())."""
+    return {
+        "cache": (MEM_ATTR, WRITE_BACK[fwb]),
+        "mmio": (MEM_ATTR, 1 << 2),
+        "noexec": (XN, XN),
+    }
 
 
 def _level(number: int, geometry: Geometry, config: Mapping[str, int]) -> LevelSpec:
     af = 0 if config["hw_access"] else AF
     return geometry.level(
         number,
-        memory=MEM_ATTR | SH | XN,
+        memory=sum(MEMORY.values()),
         wanted=FNXS,
         wrong=1 << 50,
         table_memory=0,

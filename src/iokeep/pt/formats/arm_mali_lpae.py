@@ -48,6 +48,13 @@ XN, SYNCED = bits(54, 53), 1 << 55
 #: ARM_LPAE_MAIR_ATTR_IDX_CACHE and ARM_LPAE_PTE_SH_OS, as for IOMMU_CACHE
 CACHE = 1 << 2 | 2 << 8
 ALL = bits(63, 0)
+#: memory attributes of a leaf at every level, any value of which hardware takes
+MEMORY = MappingProxyType({"attr_index": ATTR_INDEX, "sh": SH, "xn": XN})
+
+
+def kernel_flags(level: int) -> Mapping[str, tuple[int, int]]:
+    """IOMMU_* flag -> (mask, value) of a leaf that was mapped with it (arm_lpae_prot_to_pte())."""
+    return {"cache": (ATTR_INDEX, 1 << 2), "mmio": (ATTR_INDEX, 2 << 2), "noexec": (XN, XN)}
 
 
 def _level(number: int, config: Mapping[str, int]) -> LevelSpec:
@@ -77,7 +84,7 @@ def _level(number: int, config: Mapping[str, int]) -> LevelSpec:
         tw_value=0,
         leaf_reserved=ALL & ~(TYPE | ATTR_INDEX | READ | WRITE | SH | ACCESS | oa | XN),
         table_reserved=ALL & ~(TYPE | next_pa | SYNCED),
-        leaf_ignored=ATTR_INDEX | SH | ACCESS | XN,
+        leaf_ignored=sum(MEMORY.values()) | ACCESS,
         table_ignored=SYNCED,
         leaf_base=LEAF | CACHE,
         table_base=TABLE,
