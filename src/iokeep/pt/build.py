@@ -421,8 +421,8 @@ class Table:
         """Tables of every level that the segments go through. :raises AlreadyMapped: a leaf is in the way."""
         fmt = self.fmt
         keys = [np.zeros(0, np.uint64) for _ in fmt.levels]
-        for seg in segments:
-            keys[seg.level] = seg.unique
+        for seg in segments:  # a level with contiguous entries has several
+            keys[seg.level] = np.union1d(keys[seg.level], seg.unique) if len(keys[seg.level]) else seg.unique
         for level in range(fmt.top_level):
             up = keys[level] >> np.uint64(fmt.levels[level + 1].index_bits)
             up = up[_firsts(up)]
