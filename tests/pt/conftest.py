@@ -105,7 +105,7 @@ def new_table():
 
 
 def _capture_paths():
-    paths = {p.name: p for p in sorted(DATA.iterdir()) if p.is_dir()}
+    paths = {p.name: p for p in sorted(DATA.iterdir()) if p.name.startswith(("vtd-", "luo-"))}
     more = os.environ.get("IOKEEP_CAPTURES")
     if more:
         for path in sorted(Path(more).iterdir()):
