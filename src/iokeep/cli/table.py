@@ -323,6 +323,7 @@ def _mismatch(m: Mismatch) -> dict[str, Any]:
         "found_prot": _prot(m.found_prot),
         "level": m.level,
         "text": m.text,
+        **({"expected_attrs": m.expected_attrs, "found_attrs": m.found_attrs} if m.expected_attrs else {}),
     }
 
 
@@ -343,6 +344,8 @@ def _verdict(v: Verdict) -> dict[str, Any]:
         "total": v.total,
         "differ": v.differ,
         "mismatches": [_mismatch(m) for m in v.mismatches],
+        "attrs_compared": None if v.attrs_compared is None else list(v.attrs_compared),
+        "attrs_not_compared": list(v.attrs_not_compared),
     }
 
 
@@ -358,6 +361,11 @@ def _print_mismatches(v: Verdict) -> None:
         print(f"  and {v.total - len(v.mismatches)} more")
 
 
+def _print_attrs(v: Verdict) -> None:
+    if v.attrs_not_compared:
+        print(f"attributes not compared (only one side can say them): {', '.join(v.attrs_not_compared)}")
+
+
 def _refuse_loop(source: Path, v: Verdict) -> None:
     """A table that loops is no table: bad input, not a difference. :raises InputError:"""
     if "loop" in v.differ:
@@ -366,7 +374,7 @@ def _refuse_loop(source: Path, v: Verdict) -> None:
 
 
 def _expected(args: argparse.Namespace, capture: Capture) -> tuple[Path, Extents]:
-    from iokeep.mem.capture import read_tsv
+    from iokeep.mem.capture import read_expected
     from iokeep.pt.extents import Extents
 
     path = args.against or args.source / "truth.tsv"
@@ -375,7 +383,8 @@ def _expected(args: argparse.Namespace, capture: Capture) -> tuple[Path, Extents
             f"{args.source} has no truth.tsv to verify against",
             "name expected extents with --against FILE.tsv",
         )
-    return path, Extents(*read_tsv(path))
+    rows, attrs = read_expected(path)
+    return path, Extents(*rows, attrs)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -396,6 +405,8 @@ def _verify(args: argparse.Namespace) -> int:
     else:
         print(f"different: {_differ(v)}")
         _print_mismatches(v)
+    if not args.json:
+        _print_attrs(v)
     return int(not v.equal)
 
 
@@ -424,6 +435,7 @@ def _diff(args: argparse.Namespace) -> int:
         else:
             print(f"translations differ: {_differ(v)}")
             _print_mismatches(v)
+        _print_attrs(v)
         if v.layout_equal is not None:
             print("layout equal" if v.layout_equal else f"layout differs: {v.layout_total} ranges")
         for r in v.layout:

@@ -349,6 +349,9 @@ def _npy_header(file: IO[bytes], where: str) -> tuple[np.dtype[Any], tuple[int, 
 # -- truth.tsv -----------------------------------------------------------------------------------------
 
 _HEADER = b"iova\tpa\tlength\tprot\n"
+_HEADER_ATTRS = _HEADER[:-1] + b"\tattrs\n"
+#: attrs of a TSV file -> IOMMU_CACHE, IOMMU_NOEXEC, IOMMU_MMIO, IOMMU_PRIV
+ATTRS = {"cache": 1 << 2, "noexec": 1 << 3, "mmio": 1 << 4, "priv": 1 << 5}
 _LINE = re.compile(rb"(0x[0-9a-f]{1,16})\t(0x[0-9a-f]{1,16})\t(0x[0-9a-f]{1,17})\t(rw|r-|-w)")
 
 
@@ -357,18 +360,36 @@ def read_tsv(path: str | Path) -> ExtentRows:
 
     :raises InputError: naming file and line of what is wrong.
     """
+    return read_expected(path)[0]
+
+
+def read_expected(path: str | Path) -> tuple[ExtentRows, U8 | None]:
+    """:func:`read_tsv`, and the IOMMU_* flags of each extent where there is a fifth column ``attrs``.
+
+    ``attrs`` is "-", or names of :data:`ATTRS` with commas between.
+
+    :raises InputError: naming file and line of what is wrong.
+    """
     path = Path(path)
     parts: list[ExtentRows] = []
+    flags: list[U8] = []
     try:
         if path.stat().st_size > TSV_LIMIT:
             raise InputError(f"{path}: more than {TSV_LIMIT} bytes")
         with path.open("rb") as file:
-            if file.readline(64) != _HEADER:
-                raise InputError(f"{path}: line 1: not the header iova, pa, length, prot (tab-separated)")
+            header = file.readline(64)
+            if header not in (_HEADER, _HEADER_ATTRS):
+                raise InputError(
+                    f"{path}: line 1: not the header iova, pa, length, prot (tab-separated)",
+                    "a fifth column, attrs, may follow",
+                )
             number, before = 2, -1
             while block := file.read(_BLOCK):
                 if not block.endswith(b"\n"):
                     block += file.readline(128)
+                if header == _HEADER_ATTRS:
+                    block, more = _split_attrs(block, path, number)
+                    flags.append(more)
                 rows = _parse_fast(block)
                 if rows is None or int(rows[0][0]) <= before:
                     rows = _parse_lines(block, path, number, before)
@@ -377,14 +398,38 @@ def read_tsv(path: str | Path) -> ExtentRows:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
     if not parts:
-        none = np.zeros(0, np.uint64)
-        return none, none, none, np.zeros(0, np.uint8)
-    return (
+        none, no_flags = np.zeros(0, np.uint64), np.zeros(0, np.uint8)
+        return (none, none, none, no_flags), no_flags if header == _HEADER_ATTRS else None
+    rows = (
         np.concatenate([p[0] for p in parts]),
         np.concatenate([p[1] for p in parts]),
         np.concatenate([p[2] for p in parts]),
         np.concatenate([p[3] for p in parts]),
     )
+    return rows, np.concatenate(flags) if flags else None
+
+
+def _split_attrs(block: bytes, path: Path, number: int) -> tuple[bytes, U8]:
+    """Lines without their last column, and the flags that it says."""
+    known: dict[bytes, int] = {b"-": 0}
+    lines: list[bytes] = []
+    flags: list[int] = []
+    for line in block.removesuffix(b"\n").split(b"\n"):
+        rest, _, text = line.rpartition(b"\t")
+        value = known.get(text)
+        if value is None:
+            value = 0
+            for name in text.decode("ascii", "replace").split(","):
+                if name not in ATTRS:
+                    raise InputError(
+                        f"{path}: line {number + len(lines)}: attrs {text[:60]!r} is not known",
+                        f"attrs is -, or of {', '.join(ATTRS)} with commas between",
+                    )
+                value |= ATTRS[name]
+            known[text] = value
+        lines.append(rest)
+        flags.append(value)
+    return b"\n".join(lines) + b"\n", np.array(flags, np.uint8)
 
 
 _BLOCK = 4 << 20

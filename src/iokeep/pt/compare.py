@@ -7,6 +7,7 @@ way are joined again: a mismatch is maximal.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,6 +35,8 @@ class Mismatch:
     :param reason: missing, extra, pa, prot; reserved (a bit that must be zero), attrs (a memory attribute),
         contig (items of a contiguous entry that disagree), loop, absent (table memory is not there), root.
     :param level: level of the item found, None where nothing is. :param text: one line for people.
+    :param expected_attrs: memory attributes by name, where they are what differs. :param found_attrs:
+        likewise.
     """
 
     iova: int
@@ -45,6 +48,8 @@ class Mismatch:
     reason: str
     level: int | None
     text: str
+    expected_attrs: str | None = None
+    found_attrs: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,37 @@ class LayoutRange:
 
 
 @dataclass(frozen=True, slots=True)
+class BbmRange:
+    """A range where the switch breaks break-before-make.
+
+    :param kind: "size", "contiguous", or the reason of a mismatch ("pa", "attrs", ...).
+    :param lg2_a: log2 of the leaf's bytes before, None for a mismatch. :param lg2_b: likewise after.
+    :param level: the lowest level that allows it, None = none does.
+    """
+
+    iova: int
+    last: int
+    kind: str
+    lg2_a: int | None
+    lg2_b: int | None
+    level: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Bbm:
+    """The switch from a to b: ``blocked[level]`` ranges forbid it at a level, the first are in ``ranges``."""
+
+    blocked: tuple[int, int, int] = (0, 0, 0)
+    ranges: tuple[list[BbmRange], list[BbmRange], list[BbmRange]] = field(
+        default_factory=lambda: ([], [], [])
+    )
+
+    def allowed(self, level: int) -> bool:
+        """Whether hardware of this level allows the switch."""
+        return self.blocked[level] == 0
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """What a comparison found.
 
@@ -67,6 +103,9 @@ class Verdict:
     :param table_bytes: bytes of tables that were read to say so.
     :param layout: ranges of different leaf size, the first ones. :param layout_total: number of them.
     :param layout_equal: no such range; None where it was not asked.
+    :param bbm: whether a live device may be switched without break-before-make (``bbm``); None = not asked.
+    :param attrs_compared: names of the memory attributes that were compared; None = none were, beyond those
+        that the format has one value for. :param attrs_not_compared: those that only one side can say.
     """
 
     equal: bool
@@ -78,6 +117,9 @@ class Verdict:
     layout: list[LayoutRange] = field(default_factory=list)
     layout_total: int = 0
     layout_equal: bool | None = None
+    bbm: Bbm | None = None
+    attrs_compared: tuple[str, ...] | None = None
+    attrs_not_compared: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -148,10 +190,17 @@ def _at(values: NDArray[np.generic], at: NDArray[np.intp], inside: NDArray[np.bo
 
 
 def _judge(
-    start: int, last: int, e: Extents, f: Found, opaque: Spans, attrs: Spans, proved: tuple[U64, U64]
+    start: int,
+    last: int,
+    e: Extents,
+    f: Found,
+    opaque: Spans,
+    attrs: Spans,
+    memory: Spans,
+    proved: tuple[U64, U64],
 ) -> _Ranges:
     """All differing pieces within [start, last], but for what lies in the ranges ``proved``."""
-    sides = [(s.iova, s.last) for s in (e, f, opaque, attrs)] + [proved]
+    sides = [(s.iova, s.last) for s in (e, f, opaque, attrs, memory)] + [proved]
     cuts = np.concatenate(
         [np.array([start], np.uint64), *(a for a, _ in sides), *(b[b != _MAX] + _ONE for _, b in sides)]
     )
@@ -168,6 +217,9 @@ def _judge(
     f_prot = _at(f.prot, fi, has_f).astype(np.uint8)
     both = has_e & has_f
     reason = np.zeros(len(cuts), np.uint8)
+    mi, has_m = find(memory.iova, memory.last, cuts)
+    has_m &= both
+    reason[has_m] = ATTRS
     reason[has_a] = _at(attrs.reason, ai, has_a)[has_a]
     reason[both & (e_prot != f_prot)] = PROT
     reason[both & (e_pa != f_pa)] = PA
@@ -179,6 +231,8 @@ def _judge(
     level = np.where(((reason == ATTRS) | (reason == CONTIG)) & has_a, _at(attrs.level, ai, has_a), level)
     level = np.where(has_o, _at(opaque.level, oi, has_o), level).astype(np.uint8)
     number = np.where(has_o, _at(opaque.number, oi, has_o), -1).astype(np.int64)
+    has_m &= (reason == ATTRS) & ~has_a & ~has_o
+    number = np.where(has_m, _at(memory.number, mi, has_m), number).astype(np.int64)
     everything = _Ranges(cuts, ends, has_e, e_pa, e_prot, has_f & ~has_o, f_pa, f_prot, reason, level, number)
     return everything.take(reason != 0)
 
@@ -199,8 +253,8 @@ def _merge(r: _Ranges) -> _Ranges:
         & (r.iova[1:] == r.last[:-1] + _ONE)
         & (r.reason[1:] == r.reason[:-1])
         & (r.number[1:] == r.number[:-1])
-        # One bad item is one mismatch, whatever was expected below it.
-        & ((r.number[1:] >= 0) | (same_e & same_f))
+        # One bad item is one mismatch, whatever was expected below it; so is a run of other attributes.
+        & ((r.number[1:] != -1) | (same_e & same_f))
     )
     first = np.flatnonzero(np.concatenate((np.ones(1, np.bool_), ~joins)))
     end = np.concatenate((first[1:] - 1, np.array([len(joins)])))
@@ -236,10 +290,20 @@ class Comparison:
     """Collects differences window by window, in IOVA order: only the first ``limit`` stay in memory.
 
     :param limit: differences that are kept; all are counted.
+    :param memory: ranges of different memory attributes, with numbers below -1. :param texts: number of
+        such a range -> attributes expected and found.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(
+        self,
+        limit: int,
+        memory: Spans | None = None,
+        texts: Callable[[int], tuple[str, str]] | None = None,
+    ) -> None:
         self.limit = limit
+        z64, z8 = np.zeros(0, np.uint64), np.zeros(0, np.uint8)
+        self.memory = memory or Spans(z64, z64, z8, z8, np.zeros(0, np.int64))
+        self.texts = texts
         self.total = 0
         #: bytes that were expected and did not hold
         self.failed_bytes = 0
@@ -267,13 +331,13 @@ class Comparison:
         part, first, end, moved = clip(start, last, f.iova, f.last)
         f = Found(first, end, f.pa[part] + moved, f.prot[part], f.level[part])
         spans = []
-        for s in (opaque, attrs):
+        for s in (opaque, attrs, self.memory):
             part, first, end, _ = clip(start, last, s.iova, s.last)
             spans.append(Spans(first, end, s.reason[part], s.level[part], s.number[part]))
         known = (np.zeros(0, np.uint64), np.zeros(0, np.uint64))
         if proved is not None:
             known = clip(start, last, *proved)[1:3]
-        ranges = _judge(start, last, e, f, spans[0], spans[1], known)
+        ranges = _judge(start, last, e, f, spans[0], spans[1], spans[2], known)
         failed = ranges.has_e
         self.failed_bytes += _total(ranges.iova[failed], ranges.last[failed])
         if self._tail is not None:
@@ -304,7 +368,8 @@ class Comparison:
         out = []
         for r in self._kept:
             for i in range(len(r.iova)):
-                out.append(_mismatch(r, i))
+                number = int(r.number[i])
+                out.append(_mismatch(r, i, self.texts(number) if self.texts and number < -1 else None))
         return out
 
     def differ(self) -> dict[str, int]:
@@ -312,7 +377,7 @@ class Comparison:
         return {TEXTS[reason]: max(size >> 12, 1) for reason, size in sorted(self.bytes_of.items())}
 
 
-def _mismatch(r: _Ranges, i: int) -> Mismatch:
+def _mismatch(r: _Ranges, i: int, attrs: tuple[str, str] | None) -> Mismatch:
     e_pa, e_prot = (int(r.e_pa[i]), int(r.e_prot[i])) if r.has_e[i] else (None, None)
     f_pa, f_prot = (int(r.f_pa[i]), int(r.f_prot[i])) if r.has_f[i] else (None, None)
     level = None if r.level[i] == _NO_LEVEL else int(r.level[i])
@@ -327,7 +392,9 @@ def _mismatch(r: _Ranges, i: int) -> Mismatch:
         ATTRS: f"memory attributes differ in an item of level {level}",
         CONTIG: f"the items of a contiguous entry of level {level} do not agree",
     }.get(reason, f"expected {expected}, found {found}")
+    if attrs is not None:
+        what += f": expected {attrs[0]}, found {attrs[1]}"
     return Mismatch(
         int(r.iova[i]), int(r.last[i]), e_pa, e_prot, f_pa, f_prot, TEXTS[reason], level,
-        f"{where}: {TEXTS[reason]}: {what}",
+        f"{where}: {TEXTS[reason]}: {what}", *(attrs or (None, None)),
     )  # fmt: skip

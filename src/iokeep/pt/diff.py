@@ -8,10 +8,12 @@ from dataclasses import replace
 import numpy as np
 
 from iokeep.mem.memory import Memory
+from iokeep.pt.attributes import Traits, compare_tables, judged, table_traits
+from iokeep.pt.bbm import judge
 from iokeep.pt.compare import Mismatch, Verdict
 from iokeep.pt.extents import PROT_R, PROT_W, Extents
 from iokeep.pt.formats.base import Format
-from iokeep.pt.layout import compare_layouts, table_layout
+from iokeep.pt.layout import Layout, compare_layouts
 from iokeep.pt.leaves import extents
 from iokeep.pt.tables import REASONS, Problems
 from iokeep.pt.verify import verify
@@ -30,13 +32,19 @@ def diff(
     """Compare the table B (found) with the table A (expected); formats may differ.
 
     Where B's format has no write-only, A's "-w" counts as "rw". Leaves that let nothing pass count for
-    nothing on either side. A bad item of A (reserved bits, attributes) is a mismatch as one of B is.
+    nothing on either side. A bad item of A (reserved bits, attributes) is a mismatch as one of B is. Memory
+    attributes are compared as far as both formats can say them (``attributes.compare_tables``).
 
     :param limit: so many mismatches and layout ranges are named; all are counted.
     :raises MemoryAbsent, InputError: a table of A, or the root of B, is absent; or no table at all.
     """
     expected, problems = extents(fmt_a, mem_a, root_a)
-    verdict = verify(fmt_b, mem_b, root_b, expected, limit=limit, dead_leaves=False)
+    traits_a, traits_b = table_traits(fmt_a, mem_a, root_a), table_traits(fmt_b, mem_b, root_b)
+    attributes = compare_tables(fmt_a, traits_a, fmt_b, traits_b)
+    problems = judged(fmt_a, problems)
+    # What is bad in A is named as that.
+    attributes = attributes.without(fmt_a.extend(problems.iova), fmt_a.extend(problems.last))
+    verdict = verify(fmt_b, mem_b, root_b, expected, limit=limit, dead_leaves=False, attributes=attributes)
     bad = _of_a(fmt_a, problems, limit)
     kept = sorted(bad + verdict.mismatches, key=lambda m: m.iova)[:limit]
     verdict = replace(
@@ -44,10 +52,14 @@ def diff(
     )
     if any(m.reason in ("loop", "absent") for m in verdict.mismatches):
         return verdict  # B's layout cannot be said
-    ranges, total = compare_layouts(
-        table_layout(fmt_a, mem_a, root_a), table_layout(fmt_b, mem_b, root_b), limit
-    )
-    return replace(verdict, layout=ranges, layout_total=total, layout_equal=total == 0)
+    ranges, total = compare_layouts(traits_layout(traits_a), traits_layout(traits_b), limit)
+    bbm = judge(fmt_a, traits_a, fmt_b, traits_b, verdict, len(problems), limit)
+    return replace(verdict, layout=ranges, layout_total=total, layout_equal=total == 0, bbm=bbm)
+
+
+def traits_layout(traits: Traits) -> Layout:
+    """The layout of a table from its traits."""
+    return Layout.of(traits.iova, traits.last, traits.lg2)
 
 
 def _of_a(fmt: Format, problems: Problems, limit: int) -> list[Mismatch]:

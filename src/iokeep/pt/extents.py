@@ -24,13 +24,15 @@ class Extents:
 
     ``iova`` uint64[n] first IOVA; ``last`` uint64[n] last IOVA (closed); ``pa`` uint64[n] OA of the first
     byte;
-    ``prot`` uint8[n] of PROT_R | PROT_W.
+    ``prot`` uint8[n] of PROT_R | PROT_W; ``attrs`` uint8[n] of IOMMU_CACHE, NOEXEC, MMIO, PRIV
+    (``formats.base.TERMS``), None = memory attributes are not stated.
     """
 
     iova: U64
     last: U64
     pa: U64
     prot: U8
+    attrs: U8 | None = None
 
     @classmethod
     def empty(cls) -> Extents:
@@ -76,6 +78,9 @@ class Extents:
             & (self.prot[1:] == self.prot[:-1])
             & (self.last[:-1] != np.uint64(2**64 - 1))
         )
+        if self.attrs is not None:
+            joins &= self.attrs[1:] == self.attrs[:-1]
         first = np.flatnonzero(np.concatenate(([True], ~joins)))
         end = np.concatenate((first[1:] - 1, [len(self) - 1]))
-        return Extents(self.iova[first], self.last[end], self.pa[first], self.prot[first])
+        attrs = None if self.attrs is None else self.attrs[first]
+        return Extents(self.iova[first], self.last[end], self.pa[first], self.prot[first], attrs)

@@ -327,7 +327,10 @@ def _join_runs(tm: TableMemory, level: int, leaves: Items, run: U8) -> tuple[Ite
     fresh |= run == 0
     first = np.flatnonzero(fresh)
     owner = first[np.cumsum(fresh) - 1]
-    care = np.uint64(~spec.leaf_ignored & (2**64 - 1))
+    memory = 0  # attributes count, also where any value of them is allowed
+    for _, mask in spec.memory:
+        memory |= mask
+    care = np.uint64((~spec.leaf_ignored | memory) & (2**64 - 1))
     address = spec.leaf_pa_mask
     for piece, _ in spec.pa_pieces:
         address |= piece
@@ -341,6 +344,8 @@ def _join_runs(tm: TableMemory, level: int, leaves: Items, run: U8) -> tuple[Ite
         members.astype(np.uint64) == np.uint64(1) << count[first]
     )
     torn = first[~sound]
+    if len(torn) > 1:  # an entry may be torn into several pieces; starts are multiples of the item
+        torn = torn[np.unique(start[torn] | run[torn], return_index=True)[1]]
     joined = np.repeat(sound, members)
     lg2 = np.where(joined, count.astype(np.uint8) + leaves.lg2, leaves.lg2).astype(np.uint8)
     out = Items(leaves.iova, pa, leaves.level, leaves.prot, leaves.item, leaves.at, lg2)

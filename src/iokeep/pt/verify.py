@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iokeep.mem.memory import I64, U8, U64, Memory
+from iokeep.pt.attributes import Differences, compare_flags, judged, table_traits
 from iokeep.pt.compare import Comparison, Found, LayoutRange, Spans, Verdict, find
 from iokeep.pt.extents import PROT_R, PROT_W, Extents
 from iokeep.pt.formats.base import Format
@@ -251,17 +252,19 @@ def verify(
     dead_leaves: bool = True,
     layout: Layout | None = None,
     compiled: bool | None = None,
+    attributes: Differences | None = None,
 ) -> Verdict:
     """Compare the table under ``root_pa`` with ``expected``.
 
-    :param expected: sorted, disjoint; need not be canonical. "-w" counts as "rw" where the format has no
-    write-only.
+    :param expected: sorted, disjoint; need not be canonical. Where it has ``attrs``, the IOMMU_* flags that
+        the format can say are compared too. "-w" counts as "rw" where the format has no write-only.
     :param limit: so many mismatches are named; all are counted.
     :param dead_leaves: a leaf that is present but lets nothing pass is a mismatch.
     :param layout: expected leaf sizes (``layout.kernel_layout``, ``layout.table_layout``): the verdict then
         says whether the leaves are cut alike, apart from whether they translate alike.
     :param compiled: sweep with Numba (True), with NumPy alone (False), or by size (None). The result is the
     same.
+    :param attributes: ranges of different memory attributes, if they are known already (``diff``).
     :raises MemoryAbsent: the root is absent. (Absent tables below are mismatches.)
     :raises InputError: no table at all: sub-trees are shared without bound, or ``root_pa`` is not aligned.
     """
@@ -270,18 +273,29 @@ def verify(
     want = Expectation(fmt, expected)
     base = fmt.extend(upper.base)
     proved = _proved(tm, upper, base, want, compiled)
+    if attributes is None and expected.attrs is not None:
+        attributes = compare_flags(expected, fmt, table_traits(fmt, mem, root_pa))
+    if attributes is not None:
+        upper.problems = judged(fmt, upper.problems)
     if len(upper.problems):
         # An attribute of an item above is no difference that the sweep could see.
         above = _spans(fmt, upper.problems, True)
         proved &= ~find(above.iova, above.last, base)[1]
     spec = fmt.levels[0]
     table_span = spec.items << spec.shift
+    if attributes is not None and len(attributes):
+        at = np.searchsorted(attributes.last, base, side="left")
+        some = at < len(attributes)
+        touched = attributes.iova[np.minimum(at, len(attributes) - 1)] <= base + np.uint64(table_span - 1)
+        proved &= ~(some & touched)
     good_first, good_last = _merged(base[proved], table_span)
     e = _without(want.extents, good_first, good_last)
     comparison = Comparison(limit)
+    if attributes is not None and len(attributes):
+        comparison = Comparison(limit, attributes.spans(), attributes.texts)
     todo = ~proved
     if len(e) or todo.any() or len(upper.leaves) or len(upper.problems):
-        _judge_rest(tm, upper, base, todo, e, (good_first, good_last), comparison, dead_leaves)
+        _judge_rest(tm, upper, base, todo, e, (good_first, good_last), comparison, dead_leaves, attributes)
     mismatches = comparison.mismatches()
     mapped = want.extents.mapped_bytes
     ranges: list[LayoutRange] = []
@@ -299,6 +313,8 @@ def verify(
         pages=(mapped - comparison.failed_bytes) >> 12,
         differ=comparison.differ(),
         table_bytes=upper.visited_bytes(fmt),
+        attrs_compared=None if attributes is None else attributes.common.compared,
+        attrs_not_compared=() if attributes is None else attributes.common.not_compared,
     )
 
 
@@ -311,6 +327,7 @@ def _judge_rest(
     good: tuple[U64, U64],
     comparison: Comparison,
     dead_leaves: bool,
+    attributes: Differences | None,
 ) -> None:
     """Judge all IOVAs outside the proved tables, window by window."""
     fmt, spec = tm.fmt, tm.fmt.levels[0]
@@ -348,6 +365,8 @@ def _judge_rest(
             alive = found.prot != 0
             found = Found(*(getattr(found, c)[alive] for c in ("iova", "last", "pa", "prot", "level")))
         more = Problems.join(problems)
+        if attributes is not None:
+            more = judged(fmt, more)
         o, a = opaque, attrs
         if len(more):
             everything = Problems.join([upper.problems, more])

@@ -38,7 +38,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from iokeep.pt.formats.base import Contig, Format, LevelSpec
+from iokeep.pt.formats.base import MMIO, Contig, Format, LevelSpec
 from iokeep.pt.formats.config import integers
 
 SPEC = "AMD I/O Virtualization Technology (IOMMU) Specification (48882), section 2.2.3"
@@ -83,7 +83,9 @@ def _level(number: int, config: Mapping[str, int]) -> LevelSpec:
     above = _bits(51, config["output_bits"]) & ~encrypted
     address = _bits(config["output_bits"] - 1, 12) & ~encrypted
     coherent = FC if config["force_coherence"] else 0
-    runs = tuple(_contig(shift, n) for n in range(1, 9) if shift + n <= MAX_LEAF_LG2) if may_leaf else ()
+    # A size is no larger than what lies below the encryption bit.
+    largest = min(MAX_LEAF_LG2, config["c_bit"] or MAX_LEAF_LG2)
+    runs = tuple(_contig(shift, n) for n in range(1, 9) if shift + n <= largest) if may_leaf else ()
     return LevelSpec(
         shift=shift,
         index_bits=7 if top else 9,
@@ -121,7 +123,13 @@ def _level(number: int, config: Mapping[str, int]) -> LevelSpec:
         leaf_attrs_value=coherent | encrypted,
         table_attrs=encrypted,
         table_attrs_value=encrypted,
-        build_lg2s=tuple(n for n in (shift, *(shift + c.lg2 for c in runs)) if n != NOT_BUILT_LG2),
+        # amdv1pt_iommu_set_prot(): IOMMU_MMIO means "not encrypted"; the others it has no use for.
+        memory=(("u", U), ("fc", FC), *((("encrypted", encrypted),) if encrypted else ())),
+        named=(("accessed", A), ("dirty", D)),
+        table_named=(("accessed", A), *((("encrypted", encrypted),) if encrypted else ())),
+        build_lg2s=tuple(
+            n for n in (shift, *(shift + c.lg2 for c in runs)) if n != NOT_BUILT_LG2 and n <= largest
+        ),
     )
 
 
@@ -135,5 +143,6 @@ def open_format(config: Mapping[str, object]) -> Format:
         levels=tuple(_level(number, full) for number in range(full["levels"])),
         # amdv1pt_load_entry_raw() looks at PR alone.
         occupied_mask=PR,
+        terms=((MMIO, "encrypted", (0,)),) if full["c_bit"] else (),
         features=MappingProxyType({"force_coherence": bool(full["force_coherence"])}),
     )

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from iokeep.errors import InputError
-from iokeep.pt.formats.base import Contig, LevelSpec
+from iokeep.pt.formats.base import Bits, Contig, LevelSpec
 from iokeep.pt.formats.config import integers
 
 #: granule -> log2 of it
@@ -43,6 +43,9 @@ VALID, NOT_BLOCK = 1 << 0, 1 << 1
 SH, AF = bits(9, 8), 1 << 10
 NT, DBM, CONTIGUOUS = 1 << 16, 1 << 51, 1 << 52
 SOFTWARE, PBHA = bits(58, 55), bits(62, 59)
+#: software bit of a table item: Linux has made it visible to hardware (ARM_LPAE_PTE_SW_SYNC)
+SYNCED = 1 << 55
+LEAF_NAMES = (("accessed", AF), ("dbm", DBM), ("software", SOFTWARE), ("pbha", PBHA))
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +142,8 @@ class Geometry:
         write: tuple[int, int],
         table_write: tuple[int, int],
         prot: tuple[int, int, int, int],
+        fields: Bits,
+        table_fields: Bits,
     ) -> LevelSpec:
         """One level; what differs between the stages is given.
 
@@ -146,6 +151,7 @@ class Geometry:
         :param wrong: reserved bits of a leaf. :param table_memory: attributes of a table item that must be 0.
         :param table_ignored: bits of it that do not count. :param base: what Linux sets in every leaf.
         :param read: (mask, value) of a leaf. :param write: likewise. :param table_write: of a table item.
+        :param fields: names of a leaf's memory attributes. :param table_fields: names in a table item.
         """
         shift, may_leaf = self.shift(number), self.may_leaf(number)
         page = number == 0
@@ -191,6 +197,13 @@ class Geometry:
             leaf_attrs_value=0,
             table_attrs=0 if page else table_memory,
             contig=(Contig(CONTIGUOUS, CONTIGUOUS, joined, replicated=False),) if joined else (),
+            # With DS = 1 bits 9:8 are address.
+            memory=tuple((n, m) for n, m in fields if m & not_sh) if may_leaf else (),
+            named=LEAF_NAMES
+            + ((("nt", nt),) if nt else ())
+            + ((("contiguous", CONTIGUOUS),) if joined else ()),
+            table_named=() if page else (("synced", SYNCED), *table_fields),
+            keep_bit=nt,
             # Linux does not set the hint (io-pgtable-arm.c, arm_lpae_prot_to_pte()).
             build_lg2s=(shift,) if may_leaf else None,
         )

@@ -58,7 +58,8 @@ from iokeep.pt.formats.arm_lpae import (
     quirks_of,
     read_config,
 )
-from iokeep.pt.formats.base import Format, LevelSpec
+from iokeep.pt.formats.base import CACHE as CACHED
+from iokeep.pt.formats.base import MMIO, NOEXEC, PRIV, Format, LevelSpec
 
 SPEC = "Arm Architecture Reference Manual (DDI 0487), chapter D8, stage 1; SMMUv3 (IHI 0070)"
 
@@ -104,6 +105,20 @@ def _level(number: int, geometry: Geometry, config: Mapping[str, int]) -> LevelS
         write=(af | AP_READ_ONLY, af),
         table_write=(AP_TABLE_READ_ONLY, 0),
         prot=(AP_READ_ONLY, AP_READ_ONLY, 0, 0),
+        fields=(
+            ("attridx", ATTR_INDEX),
+            ("ns", NS),
+            ("unprivileged", AP_UNPRIVILEGED),
+            ("sh", SH),
+            ("ng", NG),
+            ("xn", XN),
+            ("gp", GP),
+        ),
+        table_fields=(
+            ("xn_table", XN_TABLE),
+            ("ap_table", AP_TABLE_PRIVILEGED | AP_TABLE_READ_ONLY),
+            ("ns_table", NS_TABLE),
+        ),
     )
 
 
@@ -121,5 +136,12 @@ def open_format(config: Mapping[str, object]) -> Format:
         table_bytes=full["granule"],
         iova_base=(1 << 64) - (1 << geometry.input_bits) if full["ttbr"] else 0,
         write_only=False,
+        # ARM_LPAE_MAIR_ATTR_IDX_CACHE and _DEV; XN is both bits (arm_lpae_prot_to_pte())
+        terms=(
+            (CACHED, "attridx", (1,)),
+            (MMIO, "attridx", (2,)),
+            (NOEXEC, "xn", (3,)),
+            (PRIV, "unprivileged", (0,)),
+        ),
         features=MappingProxyType({"lpa2": geometry.lpa2, "ttbr1": bool(full["ttbr"])}),
     )

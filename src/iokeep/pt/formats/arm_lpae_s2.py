@@ -48,7 +48,7 @@ from iokeep.pt.formats.arm_lpae import (
     quirks_of,
     read_config,
 )
-from iokeep.pt.formats.base import Format, LevelSpec
+from iokeep.pt.formats.base import CACHE, MMIO, NOEXEC, Format, LevelSpec
 
 SPEC = "Arm Architecture Reference Manual (DDI 0487), chapter D8, stage 2; SMMUv3 (IHI 0070)"
 
@@ -61,6 +61,11 @@ XN = bits(54, 53)
 #: normal memory, write-back: MemAttr 0b1111 (ARM_LPAE_PTE_MEMATTR_OIWB), with FWB 0b0110
 #: (ARM_LPAE_PTE_MEMATTR_FWB_WB)
 WRITE_BACK = {0: 0xF << 2, 1: 0x6 << 2}
+#: by ``fwb``; device memory is MemAttr 0b0001 either way (ARM_LPAE_PTE_MEMATTR_DEV), XN is both bits
+TERMS = {
+    0: ((CACHE, "memattr", (0xF,)), (MMIO, "memattr", (1,)), (NOEXEC, "xn", (3,))),
+    1: ((CACHE, "memattr_fwb", (6,)), (MMIO, "memattr_fwb", (1,)), (NOEXEC, "xn", (3,))),
+}
 #: memory attributes of a leaf at every level, any value of which hardware takes
 MEMORY = MappingProxyType({"mem_attr": MEM_ATTR, "sh": SH, "xn": XN})
 
@@ -89,6 +94,14 @@ def _level(number: int, geometry: Geometry, config: Mapping[str, int]) -> LevelS
         write=(af | WRITE, af | WRITE),
         table_write=(0, 0),
         prot=(0, READ, WRITE, READ | WRITE),
+        # With FWB the same bits mean something else.
+        fields=(
+            ("memattr_fwb" if config["fwb"] else "memattr", MEM_ATTR),
+            ("sh", SH),
+            ("fnxs", FNXS),
+            ("xn", XN),
+        ),
+        table_fields=(),
     )
 
 
@@ -103,5 +116,6 @@ def open_format(config: Mapping[str, object]) -> Format:
         spec=SPEC,
         levels=tuple(_level(number, geometry, full) for number in range(geometry.levels)),
         table_bytes=full["granule"],
+        terms=TERMS[full["fwb"]],
         features=MappingProxyType({"lpa2": geometry.lpa2, "fwb": bool(full["fwb"])}),
     )

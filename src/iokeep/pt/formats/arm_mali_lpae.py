@@ -27,7 +27,8 @@ from types import MappingProxyType
 
 from iokeep.errors import InputError
 from iokeep.pt.formats.arm_lpae import bits, quirks_of
-from iokeep.pt.formats.base import Format, LevelSpec
+from iokeep.pt.formats.base import CACHE as CACHED
+from iokeep.pt.formats.base import MMIO, NOEXEC, Format, LevelSpec
 from iokeep.pt.formats.config import integers
 
 SPEC = "drivers/iommu/io-pgtable-arm.c, ARM_MALI_LPAE (there is no public specification)"
@@ -89,6 +90,9 @@ def _level(number: int, config: Mapping[str, int]) -> LevelSpec:
         leaf_base=LEAF | CACHE,
         table_base=TABLE,
         prot_bits=(0, READ, WRITE, READ | WRITE),
+        memory=(("attridx", ATTR_INDEX), ("sh", SH), ("xn", XN)),
+        named=(("access", ACCESS),),
+        table_named=(("synced", SYNCED),),
     )
 
 
@@ -109,4 +113,6 @@ def open_format(config: Mapping[str, object]) -> Format:
         config=MappingProxyType(dict(full)),
         spec=SPEC,
         levels=tuple(_level(number, full) for number in range(4)),
+        # ARM_LPAE_MAIR_ATTR_IDX_CACHE and _DEV; XN is both bits (arm_lpae_prot_to_pte())
+        terms=((CACHED, "attridx", (1,)), (MMIO, "attridx", (2,)), (NOEXEC, "xn", (3,))),
     )

@@ -53,7 +53,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from iokeep.pt.formats.arm_lpae import QUIRK_NO_PERMS, QUIRK_NO_WARN, QUIRK_NS, bits, quirks_of
-from iokeep.pt.formats.base import Contig, Format, LevelSpec
+from iokeep.pt.formats.base import CACHE, MMIO, NOEXEC, PRIV, Bits, Contig, Format, LevelSpec
 from iokeep.pt.formats.config import integers
 
 SPEC = "Arm Architecture Reference Manual ARMv7-A and ARMv7-R (DDI 0406C), section B3.5"
@@ -102,6 +102,12 @@ def _permissions(quirks: int, up: int) -> tuple[int, int]:
     return (0, 0) if quirks & QUIRK_NO_PERMS else ((AF | READ_ONLY) << up, AF << up)
 
 
+def _memory(xn: int, tex: int, up: int, *, bare: bool) -> Bits:
+    """Memory attributes that all leaves have; without permissions AP does not count."""
+    privilege = () if bare else (("unprivileged", UNPRIVILEGED << up),)
+    return (("bc", B_C), ("xn", xn), *privilege, ("tex", tex), ("s", S << up), ("ng", NG << up))
+
+
 def _second(quirks: int) -> LevelSpec:
     write = _permissions(quirks, 0)
     bare = bool(quirks & QUIRK_NO_PERMS)
@@ -133,7 +139,18 @@ def _second(quirks: int) -> LevelSpec:
         leaf_base=SMALL | B_C | 1 << 6 | base,
         table_base=0,
         prot_bits=(0, read_only, 0, 0),
-        contig=(Contig(TYPE, LARGE, 4, reserved=TEX_SMALL, base=LARGE | B_C | 1 << 12 | base),),
+        contig=(
+            Contig(
+                TYPE,
+                LARGE,
+                4,
+                reserved=TEX_SMALL,
+                base=LARGE | B_C | 1 << 12 | base,
+                memory=_memory(XN_LARGE, TEX_LARGE, 0, bare=bare),
+            ),
+        ),
+        memory=_memory(XN_SMALL, TEX_SMALL, 0, bare=bare),
+        named=(("access", AF),),
     )
 
 
@@ -142,6 +159,13 @@ def _first(quirks: int) -> LevelSpec:
     bare = bool(quirks & QUIRK_NO_PERMS)
     base = SECTION | B_C | 1 << 12 | (COMMON & ~(AF | UNPRIVILEGED) if bare else COMMON) << 6
     ns = NS if quirks & QUIRK_NS else 0
+    first = (
+        *_memory(XN1, bits(14, 12), 6, bare=bare),
+        ("ns", NS),
+        ("pxn", PXN),
+        ("implementation", IMPLEMENTATION),
+        ("domain", DOMAIN),  # last: a supersection has none
+    )
     unchecked = (AF | READ_ONLY) << 6 if bare else 0
     return LevelSpec(
         shift=20,
@@ -178,7 +202,16 @@ def _first(quirks: int) -> LevelSpec:
                 reserved=EXTENDED | DOMAIN,  # PA[39:32]: beyond 32 output bits
                 attrs=PXN | IMPLEMENTATION,
                 attrs_value=0,
+                memory=first[:-1],
             ),
+        ),
+        memory=first,
+        named=(("access", AF << 6), ("supersection", SUPERSECTION)),
+        table_named=(
+            ("pxn", TABLE_PXN),
+            ("ns", TABLE_NS),
+            ("domain", DOMAIN),
+            ("implementation", IMPLEMENTATION),
         ),
     )
 
@@ -196,5 +229,12 @@ def open_format(config: Mapping[str, object]) -> Format:
         item_bytes=4,
         table_bytes=1024,
         write_only=False,
+        # arm_v7s_prot_to_pte(): TEX = 1 but for IOMMU_MMIO, B and C for IOMMU_CACHE
+        terms=(
+            (CACHE, "bc", (3,)),
+            (MMIO, "tex", (0,)),
+            (NOEXEC, "xn", (1,)),
+            *(() if quirks & QUIRK_NO_PERMS else ((PRIV, "unprivileged", (0,)),)),
+        ),
         features=MappingProxyType({"no_perms": bool(quirks & QUIRK_NO_PERMS)}),
     )

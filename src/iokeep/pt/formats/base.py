@@ -22,6 +22,8 @@ How a format states itself (what it does not state costs nothing: each level's c
   of one: where no :class:`Contig` matches, the claim is reserved.
 * **Wrong by value.** ``leaf_bad``, ``table_bad``: pairs that hardware has reserved (RISC-V: W without R).
 * **IOVAs.** ``sign_extend``, or ``iova_base``: the constant upper bits (Arm TTBR1: all ones).
+* **Memory attributes.** ``memory``: named fields of leaves that are part of equality; ``terms`` of the format
+  say which values of them are IOMMU_CACHE, IOMMU_NOEXEC, IOMMU_MMIO and IOMMU_PRIV in the kernel's words.
 * **Linux's view.** ``occupied_mask`` (of the format, or of one level); ``build_lg2s``: sizes that Linux
   makes, where it does not make all that hardware has.
 
@@ -41,6 +43,11 @@ from numpy.typing import NDArray
 U64 = NDArray[np.uint64]
 #: "any of": (mask, value) where ``(item & mask) == value``; or (mask, shift) of :attr:`LevelSpec.pa_pieces`
 Pairs = tuple[tuple[int, int], ...]
+#: (name, mask) of fields of an item, each of neighbouring bits
+Bits = tuple[tuple[str, int], ...]
+#: IOMMU_CACHE, IOMMU_NOEXEC, IOMMU_MMIO, IOMMU_PRIV (include/linux/iommu.h) and their names here
+CACHE, NOEXEC, MMIO, PRIV = 1 << 2, 1 << 3, 1 << 4, 1 << 5
+TERMS = {"cache": CACHE, "noexec": NOEXEC, "mmio": MMIO, "priv": PRIV}
 
 
 def any_of(items: U64, pairs: Pairs) -> NDArray[np.bool_]:
@@ -73,6 +80,9 @@ class Contig:
     attrs: int | None = None
     attrs_value: int | None = None
     base: int | None = None
+    #: :attr:`LevelSpec.memory` and :attr:`LevelSpec.named`, where they lie elsewhere in its items
+    memory: Bits | None = None
+    named: Bits | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +122,11 @@ class LevelSpec:
         that matches none is reserved. Empty = always one level down.
     :param contig: contiguous entries of this level. :param contig_select: (mask, value): an item that
         matches and that no ``contig`` matches is reserved.
+    :param memory: memory attributes of a leaf, as (name, mask): part of equality wherever attributes are
+        compared, also where any value is allowed (those are among ``leaf_ignored``).
+    :param named: what else may be in a leaf besides type, permissions and OA. :param table_named: likewise in
+        a table item. Bits that have no name are unknown to the format gate.
+    :param keep_bit: nT, the bit of a leaf that keeps it out of caches that could conflict; 0 = there is none.
     :param invert: xor-ed onto every item of this level before any mask is used; no bits of a pa.
     :param occupied_mask: instead of the format's. :param build_lg2s: log2 sizes that Linux makes at this
         level; None = all.
@@ -160,6 +175,10 @@ class LevelSpec:
     invert: int = 0
     occupied_mask: int | None = None
     build_lg2s: tuple[int, ...] | None = None
+    memory: Bits = ()
+    named: Bits = ()
+    table_named: Bits = ()
+    keep_bit: int = 0
 
     @property
     def items(self) -> int:
@@ -314,6 +333,8 @@ class Format:
         is not always what hardware takes for absent (``valid_mask``): ``iommu_iova_to_phys`` and the
         -EADDRINUSE of
         ``iommu_map`` follow this one.
+    :param terms: (flag, field, values): a leaf has the IOMMU_* flag where the field of ``memory`` has one of
+        the values. What is not here the format cannot say.
     """
 
     name: str
@@ -329,6 +350,7 @@ class Format:
     write_only: bool = True
     occupied_mask: int = 2**64 - 1
     features: Mapping[str, bool] = field(default_factory=lambda: MappingProxyType({}))
+    terms: tuple[tuple[int, str, tuple[int, ...]], ...] = ()
 
     @property
     def top_level(self) -> int:

@@ -36,7 +36,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from iokeep.pt.formats.base import Contig, Format, LevelSpec
+from iokeep.pt.formats.base import CACHE, MMIO, NOEXEC, Contig, Format, LevelSpec
 from iokeep.pt.formats.config import integers
 
 SPEC = "RISC-V Privileged Architecture (Sv39, Sv48, Sv57, Svnapot, Svpbmt, Sv39x4, Sv48x4, Sv57x4)"
@@ -64,6 +64,8 @@ RSW = _bits(9, 8)
 PA_SHIFT = 2
 RESERVED = _bits(60, 54)
 PBMT, N = _bits(62, 61), 1 << 63
+#: PMA, NC, IO: riscvpt_iommu_set_prot() writes IO for IOMMU_MMIO, else NC without IOMMU_CACHE
+PBMT_TERMS = ((CACHE, "pbmt", (0,)), (MMIO, "pbmt", (2,)))
 NAPOT_MASK, NAPOT = _bits(13, 10), 1 << 13
 
 
@@ -119,6 +121,9 @@ def _level(number: int, config: Mapping[str, int]) -> LevelSpec:
         leaf_attrs=G | pbmt,
         leaf_attrs_value=0,
         table_attrs=G,
+        memory=(("x", X), ("global", G), *((("pbmt", pbmt),) if pbmt else ())),
+        named=(("accessed", A), ("dirty", D), ("software", RSW), *((("napot", N),) if napot else ())),
+        table_named=(("global", G), ("software", RSW)),
     )
 
 
@@ -135,5 +140,6 @@ def open_format(config: Mapping[str, object]) -> Format:
         write_only=False,
         # riscvpt_load_entry_raw() looks at V alone.
         occupied_mask=V,
+        terms=((NOEXEC, "x", (0,)), *PBMT_TERMS) if full["svpbmt"] else ((NOEXEC, "x", (0,)),),
         features=MappingProxyType({"svnapot": bool(full["svnapot"]), "sign_extend": first}),
     )

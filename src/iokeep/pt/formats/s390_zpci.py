@@ -79,6 +79,7 @@ def _page() -> LevelSpec:
         table_base=0,
         prot_bits=(0, PROTECTED, 0, 0),
         leaf_attrs=_bits(8, 0) | 1 << 11,
+        memory=(("low", _bits(8, 0)), ("bit11", 1 << 11)),
         occupied_mask=PAGE_INVALID,
     )
 
@@ -119,6 +120,7 @@ def _table(number: int) -> LevelSpec:
         # A region table that is not whole (TL, TF) is one that Linux never makes.
         table_attrs=_bits(10, 0) & ~(TYPE | PROTECTED | TABLE_INVALID) | (0 if segment else 1 << 11),
         table_attrs_value=length,
+        table_named=(("type", TYPE), *((("length", LENGTH),) if length else ())),
         occupied_mask=TABLE_INVALID,
     )
 

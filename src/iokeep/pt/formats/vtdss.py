@@ -95,6 +95,10 @@ def _level(number: int, config: Mapping[str, int]) -> LevelSpec:
         leaf_attrs=EMT | IPAT | SNP | TM,
         leaf_attrs_value=SNP if config["snoop"] else 0,
         table_attrs=0,
+        # vtdss_pt_iommu_set_prot() has no use for IOMMU_CACHE, NOEXEC, MMIO and PRIV: there are no terms.
+        memory=(("emt", EMT), ("ipat", IPAT), ("snp", SNP), ("tm", TM)),
+        named=(("accessed", A), ("dirty", D)),
+        table_named=(("accessed", A), ("flushed", SW)),
     )
 
 

@@ -99,6 +99,23 @@ def _level(number: int, config: Mapping[str, int]) -> LevelSpec:
         leaf_attrs=PWT | PCD | G | XD | (PAT_LARGE if large else PAT_SMALL),
         leaf_attrs_value=0,
         table_attrs=PWT | PCD | XD,
+        # x86_64_pt_iommu_set_prot() has no use for IOMMU_CACHE, NOEXEC, MMIO and PRIV: there are no terms.
+        memory=(
+            ("pwt", PWT),
+            ("pcd", PCD),
+            ("pat", PAT_LARGE if large else PAT_SMALL),
+            ("global", G),
+            ("xd", XD),
+        ),
+        named=(("accessed", A), ("dirty", D), ("extended_accessed", EA)),
+        table_named=(
+            ("accessed", A),
+            ("extended_accessed", EA),
+            ("flushed", SW),
+            ("pwt", PWT),
+            ("pcd", PCD),
+            ("xd", XD),
+        ),
     )
 
 
