@@ -245,10 +245,10 @@ def test_errors_are_json_too(run, tmp_path):
 def test_formats_that_are_not_built(run, tmp_path):
     capture = Capture.load(SMALL)
     rows = capture.memory.rows(4096)
-    Capture({**capture.meta, "format": "amdv1"}, rows.pas, rows.data).save(tmp_path / "amd")
-    code, _, err = run("show", tmp_path / "amd")
+    Capture({**capture.meta, "format": "sv32"}, rows.pas, rows.data).save(tmp_path / "sv32")
+    code, _, err = run("show", tmp_path / "sv32")
     assert code == 3
-    assert "amdv1" in err
+    assert "sv32" in err
     assert "vtdss, x86_64" in err
 
 

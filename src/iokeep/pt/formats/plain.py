@@ -2,7 +2,9 @@
 """The formats once more, item by item in plain words, for the reference implementation only.
 
 Written from the specifications, not from the masks of the formats beside it, so that one checks the other:
-Intel VT-d Architecture Specification rev. 4.1, sections 9.7 and 9.8; Intel SDM volume 3, section 4.5.
+Intel VT-d Architecture Specification rev. 4.1, sections 9.7 and 9.8; Intel SDM volume 3, section 4.5; AMD
+IOMMU specification (48882), section 2.2.3; RISC-V Privileged Architecture, Sv39 to Sv57, Svnapot, Svpbmt; for
+s390 arch/s390/include/asm/pci_dma.h.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ from dataclasses import dataclass
 class Entry:
     """One item as hardware reads it. ``reserved``: a bit that must be zero is set. ``attrs``: a memory
     attribute is set.
+
+    ``lg2``: log2 of the leaf where it is larger than its item; ``pa`` is that of the whole. ``below``: the
+    level that a table item leads to, where it says so. ``memory``: all other bits that count, as they are.
     """
 
     leaf: bool
@@ -22,6 +27,9 @@ class Entry:
     write: bool
     reserved: bool
     attrs: bool
+    lg2: int | None = None
+    below: int | None = None
+    memory: int = 0
 
 
 def _bit(item: int, number: int) -> bool:
@@ -78,5 +86,96 @@ def first_stage(item: int, level: int, config: dict[str, int]) -> Entry | None:
     return Entry(False, pa, user, user and writable, above or ps, cache or execute_disable)
 
 
-#: format name -> decoder of one item
-DECODERS = {"vtdss": second_stage, "x86_64": first_stage}
+def amd_v1(item: int, level: int, config: dict[str, int]) -> Entry | None:
+    """An AMD host PTE or PDE of level 0 ("mode 1") ... 5; None = not present."""
+    haw, size, following = config["output_bits"], 12 + 9 * level, _field(item, 11, 9)
+    if not _bit(item, 0):
+        return None
+    read, write = _bit(item, 61), _bit(item, 62)
+    encrypted = _bit(item, config["c_bit"]) if config["c_bit"] else False
+    address = _field(item, 51, 12) << 12
+    if config["c_bit"]:
+        address &= ~(1 << config["c_bit"])
+    above = address >> haw != 0
+    unencrypted = bool(config["c_bit"]) and not encrypted
+    if level == 0 or (level < 5 and following in (0, 7)):
+        reserved = _field(item, 58, 52) != 0 or above or 1 <= following <= 6
+        lg2 = None
+        if following == 7:
+            zero = 12
+            while _bit(address, zero):
+                zero += 1
+            lg2 = zero + 1
+            if not size < lg2 <= min(size + 8, config["c_bit"] or 51):
+                lg2, reserved = None, True
+        elif address % (1 << size):
+            reserved = True
+        pa = address >> (lg2 or size) << (lg2 or size)
+        attrs = _bit(item, 59) or _bit(item, 60) != bool(config["force_coherence"]) or unencrypted
+        memory = _field(item, 60, 59) << 1 | encrypted
+        return Entry(True, pa, read, write, reserved, attrs, lg2, None, memory)
+    reserved = _field(item, 60, 52) != 0 or above or not 1 <= following <= level
+    return Entry(False, address, read, write, reserved, unencrypted, None, following - 1)
+
+
+def risc_v(item: int, level: int, config: dict[str, int]) -> Entry | None:
+    """A RISC-V PTE of level 0 ... 4, of either stage, for a user's DMA; None = not valid."""
+    size = 12 + 9 * level
+    if not _bit(item, 0):
+        return None
+    r, w, x, user = (_bit(item, n) for n in (1, 2, 3, 4))
+    accessed, dirty = _bit(item, 6), _bit(item, 7)
+    pa, kind, napot = _field(item, 53, 10) << 12, _field(item, 62, 61), _bit(item, 63)
+    reserved = _field(item, 60, 54) != 0 or pa >> config["output_bits"] != 0
+    if not (r or w or x or level == 0):
+        reserved = reserved or user or accessed or dirty or kind != 0 or napot
+        return Entry(False, pa, True, True, reserved, _bit(item, 5))
+    if (w and not r) or not (r or w or x):
+        reserved = True
+    if kind == 3 or (kind and not config["svpbmt"]):
+        reserved = True
+    lg2 = None
+    if napot:
+        if level == 0 and config["svnapot"] and _field(item, 13, 10) == 0b1000:
+            lg2, pa = 16, pa >> 16 << 16
+        else:
+            reserved = True
+    elif pa % (1 << size):
+        reserved = True
+    if not config["hardware_ad"]:
+        r, w = r and accessed, w and accessed and dirty
+    attrs, memory = _bit(item, 5) or kind != 0, kind << 8 | _field(item, 5, 4) << 4 | _field(item, 2, 1)
+    if not config["hardware_ad"]:
+        memory |= _field(item, 7, 6) << 6
+    return Entry(True, pa, r and user, r and w and user, reserved, attrs, lg2, None, memory)
+
+
+def s390(item: int, level: int, config: dict[str, int]) -> Entry | None:
+    """An s390 zPCI page table entry (level 0), segment (1), region third, second, first (2 ... 4) table
+    entry; None = invalid.
+    """
+    write = not _bit(item, 9)
+    if level == 0:
+        if _bit(item, 10):
+            return None
+        unknown = _field(item, 8, 0) | _bit(item, 11) << 11
+        return Entry(True, item >> 12 << 12, True, write, False, unknown != 0, None, None, unknown)
+    if _bit(item, 5):
+        return None
+    reserved = _field(item, 3, 2) != level - 1
+    other = _bit(item, 4) or _field(item, 8, 6) != 0 or _bit(item, 10)
+    if level == 1:  # a page table is 2 KiB: bit 11 is address
+        attrs = _field(item, 1, 0) != 0 or other
+        return Entry(False, item >> 11 << 11, True, write, reserved, attrs)
+    attrs = _field(item, 1, 0) != 3 or other or _bit(item, 11)
+    return Entry(False, item >> 12 << 12, True, write, reserved, attrs)
+
+
+#: format name -> decoder of one item, as it lies in memory
+DECODERS = {
+    "vtdss": second_stage,
+    "x86_64": first_stage,
+    "amdv1": amd_v1,
+    "riscv64": risc_v,
+    "s390_zpci": s390,
+}
