@@ -54,8 +54,9 @@ PAGE = np.zeros((2, 4096), np.uint8)
 def test_real_captures_load():
     for path in sorted(p for p in DATA.iterdir() if p.is_dir()):
         capture = Capture.load(path)
-        assert capture.format in ("vtdss", "x86_64")
-        assert capture.config == {"levels": 3 if "aw39" in path.name else 4}
+        if path.name.startswith(("vtd-", "luo-")):
+            assert capture.format in ("vtdss", "x86_64")
+            assert capture.config == {"levels": 3 if "aw39" in path.name else 4}
         assert len(capture.memory.read(capture.root_pa, 4096)) == 4096
         text = "".join(tsv_lines(*capture.truth()))
         assert text == (path / "truth.tsv").read_text()
