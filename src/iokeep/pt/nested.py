@@ -382,6 +382,7 @@ class Nested:
 
         What is translated with no permission left by both stages counts as nothing. "-w" counts as "rw"
         where neither format has write-only. An absent or looping table of either stage is a mismatch.
+        How both stages' memory attributes combine is not judged: only values that a format has one of count.
 
         :param limit: so many mismatches are named; all are counted.
         :raises StageTwoFault, MemoryAbsent: the root of stage 1 is not there.
