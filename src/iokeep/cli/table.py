@@ -14,7 +14,7 @@ from iokeep.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from iokeep.mem.capture import Capture
-    from iokeep.pt.compare import LayoutRange, Mismatch, Verdict
+    from iokeep.pt.compare import Bbm, LayoutRange, Mismatch, Verdict
     from iokeep.pt.extents import Extents
     from iokeep.pt.formats.base import Format
     from iokeep.pt.tables import Problems
@@ -55,6 +55,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     diff.add_argument("a", metavar="A", type=Path, help=_SOURCE)
     diff.add_argument("b", metavar="B", type=Path, help=_SOURCE)
     diff.add_argument("--layout", action="store_true", help="different leaf sizes count as a difference")
+    diff.add_argument(
+        "--bbm",
+        type=int,
+        choices=(0, 1, 2),
+        metavar="LEVEL",
+        help="a live switch from A to B that hardware of this break-before-make level (SMMU_IDR3.BBML: "
+        "0, 1, 2) forbids counts as a difference",
+    )
     for parser in (verify, diff):
         parser.add_argument(
             "--limit", type=int, default=16, metavar="N", help="name the first N differences (default 16)"
@@ -410,6 +418,44 @@ def _verify(args: argparse.Namespace) -> int:
     return int(not v.equal)
 
 
+def _bbm(v: Verdict, level: int) -> dict[str, Any] | None:
+    """May a live device be switched? None = it cannot be said."""
+    if v.bbm is None:
+        return None
+    return {
+        "level": level,
+        "allowed": v.bbm.allowed(level),
+        "allowed_by_level": [v.bbm.allowed(n) for n in range(3)],
+        "total": v.bbm.blocked[level],
+        "ranges": [
+            {
+                "iova": _hex(r.iova),
+                "last": _hex(r.last),
+                "kind": r.kind,
+                "leaf_bytes_a": None if r.lg2_a is None else 1 << r.lg2_a,
+                "leaf_bytes_b": None if r.lg2_b is None else 1 << r.lg2_b,
+                "allowed_from_level": r.level,
+            }
+            for r in v.bbm.ranges[level]
+        ],
+    }
+
+
+def _print_bbm(bbm: Bbm, level: int | None) -> None:
+    """What hardware of each level (or of one) says to a live switch."""
+    words = [f"level {n} {'allows' if bbm.allowed(n) else 'forbids'}" for n in range(3)]
+    if level is None:
+        if bbm.blocked[0]:
+            print(f"live switch without break-before-make: {', '.join(words)} it")
+        return
+    print(f"live switch without break-before-make: {words[level]} it")
+    for r in bbm.ranges[level]:
+        sizes = "" if r.lg2_a is None or r.lg2_b is None else f" {_lg2(r.lg2_a)} to {_lg2(r.lg2_b)}"
+        print(f"  iova {r.iova:#x}-{r.last:#x}: {r.kind}{sizes}")
+    if bbm.blocked[level] > len(bbm.ranges[level]):
+        print(f"  and {bbm.blocked[level] - len(bbm.ranges[level])} more")
+
+
 def _diff(args: argparse.Namespace) -> int:
     from iokeep.pt.diff import diff
 
@@ -427,6 +473,7 @@ def _diff(args: argparse.Namespace) -> int:
             "layout_equal": v.layout_equal,
             "layout_total": v.layout_total,
             "layout": [_layout(r) for r in v.layout],
+            "bbm": _bbm(v, args.bbm or 0),
         }
         _print_json(args, document)
     else:
@@ -442,7 +489,10 @@ def _diff(args: argparse.Namespace) -> int:
             print(f"  iova {r.iova:#x}-{r.last:#x}: leaves of {_lg2(r.lg2_a)} and {_lg2(r.lg2_b)}")
         if v.layout_total > len(v.layout):
             print(f"  and {v.layout_total - len(v.layout)} more")
-    return int(not v.equal or (args.layout and v.layout_equal is False))
+        if v.bbm is not None:
+            _print_bbm(v.bbm, args.bbm)
+    forbidden = args.bbm is not None and (v.bbm is None or not v.bbm.allowed(args.bbm))
+    return int(not v.equal or (args.layout and v.layout_equal is False) or forbidden)
 
 
 # -- digest --------------------------------------------------------------------------------------------

@@ -26,13 +26,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iokeep.pt.attributes import Traits, overlaps
+from iokeep.pt.attributes import Differences, Traits, overlaps
 from iokeep.pt.compare import Bbm, BbmRange, Verdict
 from iokeep.pt.formats.base import Format
 
 LEVELS = (0, 1, 2)
 #: reasons of mismatches that no level allows (a bad item: nobody can say what hardware has cached)
-NEVER = ("pa", "attrs", "contig", "reserved", "loop", "absent", "root")
+NEVER = ("pa", "contig", "reserved", "loop", "absent", "root")
 _ONE = np.uint64(1)
 
 
@@ -56,19 +56,29 @@ def _sizes(fmt_a: Format, a: Traits, fmt_b: Format, b: Traits) -> list[tuple[NDA
 
 
 def judge(
-    fmt_a: Format, a: Traits, fmt_b: Format, b: Traits, verdict: Verdict, bad_items: int, limit: int
+    fmt_a: Format,
+    a: Traits,
+    fmt_b: Format,
+    b: Traits,
+    verdict: Verdict,
+    attributes: Differences,
+    bad_items: int,
+    limit: int,
 ) -> Bbm:
     """The verdict on a switch from the table a to the table b.
 
-    :param verdict: of their translations and attributes, with its first mismatches. :param bad_items: of a.
-    :param limit: so many ranges are named for each level.
+    :param verdict: of their translations, with its first mismatches. :param attributes: where they differ;
+        nT is none of them. :param bad_items: of a, attributes aside. :param limit: so many ranges are named
+        for each level.
     """
-    named: list[BbmRange] = [
+    named = [
         BbmRange(m.iova, m.last, m.reason, None, None, None) for m in verdict.mismatches if m.reason in NEVER
     ]
     # Mismatches beyond those that have a name are known by kind, not by number: one is enough to forbid.
     unnamed = not named and (bad_items > 0 or any(reason in NEVER for reason in verdict.differ))
-    blocked = [len(named) + int(unnamed)] * 3
+    blocked = [len(named) + int(unnamed) + len(attributes)] * 3
+    ends_of = zip(attributes.iova[:limit].tolist(), attributes.last[:limit].tolist(), strict=True)
+    named += [BbmRange(first, last, "attrs", None, None, None) for first, last in ends_of]
     kept: tuple[list[BbmRange], list[BbmRange], list[BbmRange]] = ([], [], [])
     before: tuple[int, ...] | None = None
     for first, last, lg2_a, lg2_b, contiguous, level in _sizes(fmt_a, a, fmt_b, b):

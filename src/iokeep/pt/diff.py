@@ -15,7 +15,7 @@ from iokeep.pt.extents import PROT_R, PROT_W, Extents
 from iokeep.pt.formats.base import Format
 from iokeep.pt.layout import Layout, compare_layouts
 from iokeep.pt.leaves import extents
-from iokeep.pt.tables import REASONS, Problems
+from iokeep.pt.tables import ATTRS, REASONS, Problems
 from iokeep.pt.verify import verify
 
 
@@ -43,6 +43,7 @@ def diff(
     attributes = compare_tables(fmt_a, traits_a, fmt_b, traits_b)
     problems = judged(fmt_a, problems)
     # What is bad in A is named as that.
+    changed = attributes
     attributes = attributes.without(fmt_a.extend(problems.iova), fmt_a.extend(problems.last))
     verdict = verify(fmt_b, mem_b, root_b, expected, limit=limit, dead_leaves=False, attributes=attributes)
     bad = _of_a(fmt_a, problems, limit)
@@ -53,7 +54,8 @@ def diff(
     if any(m.reason in ("loop", "absent") for m in verdict.mismatches):
         return verdict  # B's layout cannot be said
     ranges, total = compare_layouts(traits_layout(traits_a), traits_layout(traits_b), limit)
-    bbm = judge(fmt_a, traits_a, fmt_b, traits_b, verdict, len(problems), limit)
+    bad_items = int((problems.reason != ATTRS).sum())
+    bbm = judge(fmt_a, traits_a, fmt_b, traits_b, verdict, changed, bad_items, limit)
     return replace(verdict, layout=ranges, layout_total=total, layout_equal=total == 0, bbm=bbm)
 
 
