@@ -7,6 +7,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST_ARGS ?= -n auto --maxprocesses 8
 # what pip does, a line a package, without where from
 PROGRESS := sed -u -n -e 's/^Collecting \([^ ]*\).*/  \1/p' -e 's/^Installing collected packages.*/  installing/p'
 PIP_FLAGS := --require-hashes --only-binary=:all: --disable-pip-version-check --no-input

@@ -112,3 +112,19 @@ def test_the_picture_is_what_the_code_says() -> None:
     tool = SRC.parent.parent / "tools" / "draw_house.py"
     done = subprocess.run([sys.executable, tool, "--check"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_pte_masks_stay_in_the_formats() -> None:
+    """An integer literal that is a page-table mask (a run of ones up to bit 39 ... 51 above 12 zero bits)."""
+    masks = {((1 << top) - 1) & ~0xFFF for top in range(36, 53)}
+    for path in FILES:
+        where = path.relative_to(SRC).as_posix()
+        if where.startswith(("pt/formats/", "pt/roots/")):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (
+                isinstance(node, ast.Constant)
+                and isinstance(node.value, int)
+                and not isinstance(node.value, bool)
+            ):
+                assert node.value not in masks, f"{where}:{node.lineno}: {node.value:#x} is a PTE mask"

@@ -37,7 +37,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add ``handover`` with its verbs."""
     parser = subparsers.add_parser(
         "handover",
-        help="what lies in memory between two kernels: show",
+        help="what lies in memory between two kernels: show, check",
         description="Decode and check what a kernel left for its successor: KHO, LUO, memfds, our records.",
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
@@ -79,15 +79,11 @@ def _pa(value: object, where: str) -> int:
 def _load(source: Path) -> tuple[Memory, int, tuple[Scratch, ...] | None]:
     """Memory, pa of the KHO FDT, and the scratch areas where the source holds them."""
     from iokeep.handover.metadata import read_scratch
-    from iokeep.mem.capture import PageMemory, _read_meta, _read_tables
+    from iokeep.mem.capture import PageMemory, read_pages
 
     # Not Capture.load(): a handover need not hold a table, and then has no format and no root_pa.
-    if not source.is_dir():
-        raise InputError(
-            f"{source}: no such directory", "a SOURCE is a capture: a directory with meta.json and tables.npz"
-        )
-    meta = _read_meta(source / "meta.json")
-    memory = PageMemory(*_read_tables(source / "tables.npz"))
+    meta, pas, data = read_pages(source)
+    memory = PageMemory(pas, data)
     if "kho_fdt_pa" not in meta:
         raise InputError(
             f"{source}: meta.json has no kho_fdt_pa",

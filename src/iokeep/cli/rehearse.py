@@ -27,6 +27,7 @@ _DEFAULTS: dict[str, Any] = {
     "seed": 1,
     "inject": [],
     "unsafe": False,
+    "capture": "",
 }
 #: bytes of a SPEC.toml
 _SPEC_LIMIT = 1 << 20
@@ -65,6 +66,7 @@ def add_parser(subparsers: Any) -> None:
     p.add_argument("--to", dest="kernel_to", metavar="PROFILE", help="second kernel (default soft-7.4)")
     p.add_argument("--inject", action="append", metavar="FAULT", help="a fault; see below")
     p.add_argument("--unsafe", action="store_true", default=None, help="allow policy trust")
+    p.add_argument("--capture", metavar="DIR", help="save what lies between the kernels as captures in DIR")
     p.add_argument("-j", "--json", action="store_true", help="print one JSON document")
     p.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
     p.set_defaults(run=run, schema="iokeep.rehearse-v1")
@@ -124,6 +126,7 @@ def options_of(args: argparse.Namespace) -> Options:
         "seed": args.seed,
         "inject": args.inject,
         "unsafe": args.unsafe,
+        "capture": args.capture,
     }
     value = {k: spec.get(k, d) if given[k] is None else given[k] for k, d in _DEFAULTS.items()}
     if value["like"]:
@@ -146,6 +149,7 @@ def options_of(args: argparse.Namespace) -> Options:
         like=value["like"],
         inject=tuple(parse_fault(f) for f in value["inject"]),
         unsafe=value["unsafe"],
+        capture=value["capture"],
     )
 
 

@@ -11,13 +11,12 @@ import ctypes
 import errno
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 from iokeep.uapi import iommufd as uapi
 from iokeep.uapi import proposal, vfio
 from iokeep.uapi.copy_struct import end_of
-from iokeep.uapi.errnos import IoctlRefused, checked_ioctl, close_fd, open_node
+from iokeep.uapi.errnos import IoctlRefused, checked_ioctl, open_node
+from iokeep.uapi.owner import FdOwner
 from iokeep.uapi.transport import Mapping, Transport
 
 # include/linux/iommu.h: IOMMU_READ and IOMMU_WRITE, what a device may do.
@@ -176,30 +175,15 @@ def _at(iova: int | None) -> str:
     return "any" if iova is None else f"{iova:#x}"
 
 
-class Iommufd:
-    """One iommufd.
+class Iommufd(FdOwner):
+    """One iommufd. Its objects live on after ``close`` while devices hold them.
 
     :param fd: an open descriptor, owned from here on; None opens /dev/iommu.
     :raises CapabilityError: the device node is missing or forbidden.
     """
 
     def __init__(self, transport: Transport, fd: int | None = None) -> None:
-        self.transport = transport
-        self.fd = open_node(transport, "/dev/iommu", IommufdError) if fd is None else fd
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the descriptor; idempotent. Its objects live on while devices hold them."""
-        if self.fd >= 0:
-            fd, self.fd = self.fd, -1
-            close_fd(self.transport, fd)
+        super().__init__(transport, open_node(transport, "/dev/iommu", IommufdError) if fd is None else fd)
 
     def _ioctl(self, operation: str, request: int, arg: ctypes.Structure, **objects: object) -> int:
         return checked_ioctl(self.transport, self.fd, operation, request, arg, objects, IommufdError)
@@ -590,31 +574,17 @@ class Ioas:
         self.iommufd.destroy(self.id)
 
 
-class VfioDevice:
-    """One VFIO device file (cdev).
+class VfioDevice(FdOwner):
+    """One VFIO device file (cdev). Its last ``close`` detaches and resets the device.
 
     :param device: path of the node (/dev/vfio/devices/vfioN), or an open descriptor, owned from here on.
     :raises CapabilityError: the device node is missing or forbidden.
     """
 
     def __init__(self, transport: Transport, device: str | int) -> None:
-        self.transport = transport
+        fd = open_node(transport, device, IommufdError) if isinstance(device, str) else device
+        super().__init__(transport, fd)
         self.dev_id: int | None = None
-        self.fd = open_node(transport, device, IommufdError) if isinstance(device, str) else device
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the descriptor, which detaches and resets the device; idempotent."""
-        if self.fd >= 0:
-            fd, self.fd = self.fd, -1
-            close_fd(self.transport, fd)
 
     def _ioctl(self, operation: str, request: int, arg: ctypes.Structure, **objects: object) -> int:
         objects = {"vfio": self.fd, **objects}

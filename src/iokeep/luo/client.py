@@ -9,11 +9,10 @@ drops it; closing one that came over is an implicit finish.
 from __future__ import annotations
 
 import ctypes
-from types import TracebackType
-from typing import Self
 
 from iokeep.uapi import liveupdate as uapi
-from iokeep.uapi.errnos import IoctlRefused, checked_ioctl, close_fd, open_node
+from iokeep.uapi.errnos import IoctlRefused, checked_ioctl, open_node
+from iokeep.uapi.owner import FdOwner
 from iokeep.uapi.transport import Transport
 
 
@@ -29,8 +28,8 @@ def _name(name: str) -> ctypes.Array[ctypes.c_uint8]:
     return (ctypes.c_uint8 * uapi.LIVEUPDATE_SESSION_NAME_LENGTH)(*raw)
 
 
-class LiveUpdate:
-    """/dev/liveupdate, which one process at a time may have open.
+class LiveUpdate(FdOwner):
+    """/dev/liveupdate, which one process at a time may have open. Sessions stay open when it is closed.
 
     :param fd: an open descriptor, owned from here on; None opens the node.
     :raises CapabilityError: the device node is missing or forbidden.
@@ -38,22 +37,7 @@ class LiveUpdate:
     """
 
     def __init__(self, transport: Transport, fd: int | None = None) -> None:
-        self.transport = transport
-        self.fd = open_node(transport, "/dev/liveupdate", LuoError) if fd is None else fd
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the node; idempotent. Sessions stay open."""
-        if self.fd >= 0:
-            fd, self.fd = self.fd, -1
-            close_fd(self.transport, fd)
+        super().__init__(transport, open_node(transport, "/dev/liveupdate", LuoError) if fd is None else fd)
 
     def create(self, name: str) -> Session:
         """A new session for the next kexec.
@@ -79,29 +63,8 @@ class LiveUpdate:
         return Session(self.transport, arg.fd)
 
 
-class Session:
-    """One session.
-
-    :param fd: its descriptor, owned from here on.
-    """
-
-    def __init__(self, transport: Transport, fd: int) -> None:
-        self.transport = transport
-        self.fd = fd
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the descriptor; idempotent. See the module's text for what the last close does."""
-        if self.fd >= 0:
-            fd, self.fd = self.fd, -1
-            close_fd(self.transport, fd)
+class Session(FdOwner):
+    """One session, by its descriptor. See the module's text for what the last close does."""
 
     def _ioctl(self, operation: str, request: int, arg: ctypes.Structure, **objects: object) -> int:
         objects = {"session": self.fd, **objects}

@@ -156,13 +156,7 @@ class Capture:
     def load(cls, path: str | Path) -> Capture:
         """Read a capture directory. :raises InputError: it is none, or any part of it is malformed."""
         path = Path(path)
-        if not path.is_dir():
-            raise InputError(
-                f"{path}: {'is no directory' if path.exists() else 'no such directory'}",
-                "a SOURCE is a capture: a directory with meta.json and tables.npz",
-            )
-        meta = _read_meta(path / "meta.json")
-        pas, data = _read_tables(path / "tables.npz")
+        meta, pas, data = read_pages(path)
         out = cls(meta, pas, data, path)
         # Fail here, with the file's name, not when they are first used.
         _ = out.format, out.config, out.root_pa
@@ -177,18 +171,36 @@ class Capture:
     def save(self, path: str | Path, truth: ExtentRows | None = None) -> None:
         """Write the directory. :raises InputError: something is already there."""
         path = Path(path)
-        try:
-            path.mkdir(parents=True, exist_ok=False)
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror}") from error
-        meta = {"schema": SCHEMA, **{k: v for k, v in self.meta.items() if k != "schema"}}
-        (path / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
         rows = self.memory.rows(self.memory.page)
-        np.savez_compressed(path / "tables.npz", pa=rows.pas, data=rows.data)
+        write_pages(path, self.meta, rows.pas, rows.data)
         if truth is not None:
             with (path / "truth.tsv").open("w", encoding="ascii") as file:
                 for part in tsv_lines(*truth):
                     file.write(part)
+
+
+def read_pages(path: Path) -> tuple[dict[str, Any], U64, U8]:
+    """``meta.json`` and the pages (pa uint64[n], data uint8[n, page]) of a capture directory of any content.
+
+    :raises InputError: it is none, or any part of it is malformed.
+    """
+    if not path.is_dir():
+        raise InputError(
+            f"{path}: {'is no directory' if path.exists() else 'no such directory'}",
+            "a SOURCE is a capture: a directory with meta.json and tables.npz",
+        )
+    return _read_meta(path / "meta.json"), *_read_tables(path / "tables.npz")
+
+
+def write_pages(path: Path, meta: Mapping[str, Any], pas: U64, data: U8) -> None:
+    """Write ``meta.json`` and ``tables.npz`` into a new directory. :raises InputError: something is there."""
+    try:
+        path.mkdir(parents=True, exist_ok=False)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    body = {"schema": SCHEMA, **{k: v for k, v in meta.items() if k != "schema"}}
+    (path / "meta.json").write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    np.savez_compressed(path / "tables.npz", pa=pas, data=data)
 
 
 # -- meta.json -----------------------------------------------------------------------------------------

@@ -31,9 +31,11 @@ from iokeep.errors import CapabilityError, InputError, IokeepError, KernelRefuse
 from iokeep.luo.client import LiveUpdate, Session
 from iokeep.mem.capture import Capture
 from iokeep.mem.ranges import Range
+from iokeep.pt.extents import Extents
 from iokeep.pt.leaves import leaves
 from iokeep.pt.registry import open_format
 from iokeep.rehearse import measure
+from iokeep.rehearse.capture import save_between
 from iokeep.rehearse.inject import (
     KILL_STEPS,
     REPLAY_FAULTS,
@@ -75,7 +77,8 @@ class RehearsalFailed(IokeepError):
 class Options:
     """What to rehearse; see ``iokeep rehearse --help``. ``like`` is a capture directory, "" = a PC.
 
-    ``transactions``: DMA that there is at least.
+    ``transactions``: DMA that there is at least. ``capture``: a new directory for what lies between the
+    kernels, "" = none.
     """
 
     policy: str = "adopt"
@@ -90,6 +93,7 @@ class Options:
     inject: tuple[Fault, ...] = ()
     unsafe: bool = False
     transactions: int = 1_100_000
+    capture: str = ""
 
     def check(self) -> None:
         """:raises UsageError: what does not fit together."""
@@ -105,6 +109,8 @@ class Options:
         kills = [f for f in self.inject if f.name == "kill-at"]
         if len(kills) > 1:
             raise UsageError("only one kill-at in one rehearsal")
+        if self.capture and Path(self.capture).exists():
+            raise UsageError(f"--capture {self.capture}: something is there already", "name a new directory")
         names = [f.text for f in self.inject]
         if len(set(names)) != len(names):
             raise UsageError("a fault is injected twice")
@@ -308,6 +314,7 @@ class _Rehearsal:
             self.kill_at = policy_of(options.policy, unsafe=options.unsafe).take
         self.names = tuple(f.name for f in options.inject)
         self.files_pa: list[tuple[int, Any, Any]] = []
+        self.translated = Extents.empty()
 
     def __enter__(self) -> _Rehearsal:
         return self
@@ -493,6 +500,7 @@ class _Rehearsal:
         platform = self.host.platform
         table = measure.device_table(platform)
         found = measure.table_leaves(platform, table)
+        self.translated = found.extents()
         for a in self.scenario.areas:
             # pa of each page of the area, from the leaves that map it.
             iova = np.arange(a.iova, a.last + 1, FRAME, dtype=np.uint64)
@@ -544,6 +552,15 @@ class _Rehearsal:
         for name in self.names:
             if name in TABLE_FAULTS:
                 self._inject_tables(name)
+        if o.capture:
+            save_between(
+                Path(o.capture),
+                host.platform,
+                o.kernel_from,
+                measure.device_table(host.platform),
+                self.translated,
+                self.scenario.name,
+            )
         clock.begin("boot")
         host.kexec(o.kernel_to, self._params(first=False))
         clock.end()
