@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from iokeep.pt.compare import Bbm, LayoutRange, Mismatch, Verdict
     from iokeep.pt.extents import Extents
     from iokeep.pt.formats.base import Format
+    from iokeep.pt.gate import Descriptor
     from iokeep.pt.tables import Problems
 
 # numpy is imported by the handlers, not by the parser: --help stays fast.
@@ -38,6 +39,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
     show = verb("show", _show, "format, size and contents of a table in short")
     show.add_argument("source", metavar="SOURCE", type=Path, help=_SOURCE)
+    show.add_argument(
+        "--gate",
+        metavar="PROFILE",
+        help="exit 1 unless the table is what the kernel of this profile makes (linux-7.3)",
+    )
     walk = verb("walk", _walk, "translate IOVAs one by one, with the path")
     walk.add_argument("source", metavar="SOURCE", type=Path, help=_SOURCE)
     walk.add_argument("iova", metavar="IOVA", nargs="+", help="0x... or decimal")
@@ -135,9 +141,13 @@ def _warn(fmt: Format, problems: Problems) -> int:
 def _show(args: argparse.Namespace) -> int:
     import numpy as np
 
+    from iokeep.pt.gate import check, describe
+    from iokeep.pt.gate_profiles import PROFILES
     from iokeep.pt.leaves import Leaves
     from iokeep.pt.tables import Problems, TableMemory, descend, expand, raise_unreadable
 
+    if args.gate is not None and args.gate not in PROFILES:
+        raise UsageError(f"--gate {args.gate[:64]!r} is no profile", f"profiles: {', '.join(PROFILES)}")
     capture, fmt = _open(args.source)
     tm = TableMemory(fmt, capture.memory)
     upper = descend(tm, capture.root_pa)
@@ -179,10 +189,14 @@ def _show(args: argparse.Namespace) -> int:
         spec_bits["ignored"] |= seen & fmt.levels[level].leaf_ignored
     possible = {lg2 for spec in fmt.levels for lg2 in spec.lg2s} | set(counts)
     leaves_by_size = {_lg2(lg2): counts.get(lg2, 0) for lg2 in sorted(possible)}
+    descriptor = describe(fmt, capture.memory, capture.root_pa)
+    refused = [] if args.gate is None else check(fmt, descriptor, args.gate)
     if args.json:
         document = {
             "source": str(args.source),
             **_described(fmt),
+            "descriptor": _descriptor(descriptor),
+            "gate": None if args.gate is None else {"profile": args.gate, "violations": refused},
             "spec": fmt.spec,
             "levels": len(fmt.levels),
             "input_bits": fmt.input_lg2,
@@ -201,7 +215,7 @@ def _show(args: argparse.Namespace) -> int:
             "bad_items": len(bad_items),
         }
         _print_json(args, document)
-        return int(len(bad_items) > 0)
+        return int(len(bad_items) > 0 or bool(refused))
     config = ", ".join(f"{key} {value}" for key, value in fmt.config.items())
     rows = [
         ("format", f"{fmt.name} ({config})"),
@@ -218,11 +232,45 @@ def _show(args: argparse.Namespace) -> int:
         ("mapped", _size(mapped) + (f" in {low:#x}-{high:#x}" if low is not None else "")),
         ("bits", ", ".join(f"{name} {bits:#x}" for name, bits in spec_bits.items()) + " seen in leaves"),
     ]
+    rows.append(("uses", ", ".join(descriptor.features) or "no feature bits in leaves"))
+    rows.append(("", "in table items: " + (", ".join(descriptor.table_features) or "none")))
+    for level, kind, bits in descriptor.unknown:
+        rows.append(("unknown", f"bits {bits:#x} in a {kind} of level {level}"))
+    for level, bits in descriptor.stale:
+        rows.append(("stale", f"bits {bits:#x} in items of level {level} that are not present"))
+    if args.gate is not None:
+        rows.append(("gate", f"{args.gate}: " + ("passes" if not refused else "refused")))
+        rows += [("", text) for text in refused]
     if isinstance(capture.meta.get("kernel"), str):
         rows.insert(0, ("kernel", capture.meta["kernel"]))
     for name, text in rows:
         print(f"{name:8}{text}")
-    return _warn(fmt, bad_items)
+    return max(_warn(fmt, bad_items), int(bool(refused)))
+
+
+def _descriptor(found: Descriptor) -> dict[str, Any]:
+    return {
+        "leaf_features": list(found.features),
+        "table_features": list(found.table_features),
+        "leaf_fields": found.leaf,
+        "table_fields": found.table,
+        "leaf_bytes": {str(1 << lg2): n for lg2, n in found.sizes.items()},
+        "contiguous_items": {str(1 << lg2): n for lg2, n in found.contiguous.items()},
+        "unknown": [{"level": n, "kind": kind, "bits": _hex(bits)} for n, kind, bits in found.unknown],
+        "stale": [{"level": n, "bits": _hex(bits)} for n, bits in found.stale],
+        "levels": [
+            {
+                "level": b.level,
+                "leaves": b.leaves,
+                "leaf_or": _hex(b.leaf_or),
+                "leaf_and": _hex(b.leaf_and) if b.leaves else None,
+                "tables": b.tables,
+                "table_or": _hex(b.table_or),
+                "table_and": _hex(b.table_and) if b.tables else None,
+            }
+            for b in found.levels
+        ],
+    }
 
 
 # -- walk ----------------------------------------------------------------------------------------------
