@@ -35,6 +35,7 @@ IOMMU_MISMATCH_LOOP = 6
 IOMMU_MISMATCH_ROOT = 7
 IOMMU_MISMATCH_ABSENT = 8
 IOMMU_MISMATCH_ATTRS = 9
+IOMMU_MISMATCH_CONTIG = 10
 
 # expected_pa or found_pa where there is none; expected_prot/found_prot are 0 there.
 IOMMU_MISMATCH_NO_PA = 0xFFFFFFFFFFFFFFFF
@@ -55,6 +56,7 @@ MISMATCH_REASONS: dict[int, str] = {
     IOMMU_MISMATCH_ROOT: "root",
     IOMMU_MISMATCH_ABSENT: "absent",
     IOMMU_MISMATCH_ATTRS: "attrs",
+    IOMMU_MISMATCH_CONTIG: "contig",
 }
 
 
