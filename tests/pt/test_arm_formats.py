@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arm formats as data: geometry, every bit against plain words, what Linux writes, what is refused."""
 
-import importlib
 import itertools
 
 import numpy as np
@@ -348,36 +347,3 @@ def test_bits_seen_in_real_kernels():
     assert items_of(*wide, 0, 0xC354A40000 << 12)[2] == hex(0x354A40000000 | 0xCF47)
     assert items_of(*lpae(1, G4, 52, 52), 0, 0x9354A40000 << 12)[2] == hex(0x1354A40000000 | 0xE47)
     assert items_of(*lpae(2, G4, 48, 48, fwb=1), 0, 0x1000)[2] == hex(0x1000 | 0x7DB)
-
-
-@pytest.mark.parametrize(
-    ("name", "level", "large", "item", "flags"),
-    [
-        ("arm_lpae_s1", 0, False, 0x5F47, {"cache"}),
-        ("arm_lpae_s1", 0, False, 0x60000000005E4B, {"mmio", "noexec"}),
-        ("arm_lpae_s1", 1, False, 0x60000000200E41, {"noexec"}),
-        ("arm_lpae_s1", 0, False, 0x5E03, {"priv"}),
-        ("arm_lpae_s2", 0, False, 0x60000000000657, {"noexec"}),
-        ("arm_lpae_s2", 1, False, 0x6C5, {"mmio"}),
-        ("arm_lpae_s2", 0, False, 0x7FF, {"cache"}),
-        ("arm_mali_lpae", 0, False, 0x2C5, {"cache"}),
-        ("arm_mali_lpae", 2, False, 0x600000000002C9, {"mmio", "noexec"}),
-        ("arm_v7s", 0, False, 0xC7E, {"cache"}),
-        ("arm_v7s", 0, False, 0xC37, {"mmio", "noexec"}),
-        ("arm_v7s", 0, False, 0xC52, {"priv"}),
-        ("arm_v7s", 0, True, 0x9C3D, {"cache", "noexec"}),
-        ("arm_v7s", 0, True, 0xC35, {"mmio"}),
-        ("arm_v7s", 1, False, 0x30C16, {"mmio", "noexec"}),
-        ("arm_v7s", 1, False, 0x31402, {"priv"}),
-        ("arm_v7s", 1, False, 0x31C1E, {"cache", "noexec"}),
-    ],
-)
-def test_the_kernels_flags_in_descriptors_of_real_kernels(name, level, large, item, flags):
-    module = importlib.import_module(f"iokeep.pt.formats.{name}")
-    says = module.kernel_flags(level, large) if name == "arm_v7s" else module.kernel_flags(level)
-    assert {flag for flag, (mask, value) in says.items() if item & mask == value} == flags
-    spec = open_format(name, {}).levels[level]
-    if not large:
-        # They are no part of translation or permission, and verify() takes every value.
-        assert all(mask & ~spec.leaf_ignored == 0 for mask, _ in says.values())
-    assert masked(open_format(name, {}), item, level)[0]

@@ -75,26 +75,14 @@ QUIRKS = QUIRK_NS | QUIRK_TTBR1 | QUIRK_OUTER_WBWA | QUIRK_HD | QUIRK_NO_WARN
 #: MAIR index of normal write-back memory in Linux (ARM_LPAE_MAIR_ATTR_IDX_CACHE); SH inner shareable
 CACHE = 1 << 2 | SH
 #: memory attributes of a leaf at every level, any value of which hardware takes
-MEMORY = MappingProxyType(
-    {"attr_index": ATTR_INDEX, "ns": NS, "ap1": AP_UNPRIVILEGED, "sh": SH, "ng": NG, "xn": XN}
-)
-
-
-def kernel_flags(level: int) -> Mapping[str, tuple[int, int]]:
-    """IOMMU_* flag -> (mask, value) of a leaf that was mapped with it (arm_lpae_prot_to_pte())."""
-    return {
-        "cache": (ATTR_INDEX, 1 << 2),
-        "mmio": (ATTR_INDEX, 2 << 2),
-        "noexec": (XN, XN),
-        "priv": (AP_UNPRIVILEGED, 0),
-    }
+MEMORY = ATTR_INDEX | NS | AP_UNPRIVILEGED | SH | NG | XN
 
 
 def _level(number: int, geometry: Geometry, config: Mapping[str, int]) -> LevelSpec:
     af = 0 if config["hw_access"] else AF
     return geometry.level(
         number,
-        memory=sum(MEMORY.values()),
+        memory=MEMORY,
         wanted=GP,
         wrong=0,
         table_memory=XN_TABLE | AP_TABLE_PRIVILEGED,

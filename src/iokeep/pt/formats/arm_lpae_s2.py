@@ -67,23 +67,14 @@ TERMS = {
     1: ((CACHE, "memattr_fwb", (6,)), (MMIO, "memattr_fwb", (1,)), (NOEXEC, "xn", (3,))),
 }
 #: memory attributes of a leaf at every level, any value of which hardware takes
-MEMORY = MappingProxyType({"mem_attr": MEM_ATTR, "sh": SH, "xn": XN})
-
-
-def kernel_flags(level: int, fwb: int = 0) -> Mapping[str, tuple[int, int]]:
-    """IOMMU_* flag -> (mask, value) of a leaf that was mapped with it (arm_lpae_prot_to_pte())."""
-    return {
-        "cache": (MEM_ATTR, WRITE_BACK[fwb]),
-        "mmio": (MEM_ATTR, 1 << 2),
-        "noexec": (XN, XN),
-    }
+MEMORY = MEM_ATTR | SH | XN
 
 
 def _level(number: int, geometry: Geometry, config: Mapping[str, int]) -> LevelSpec:
     af = 0 if config["hw_access"] else AF
     return geometry.level(
         number,
-        memory=sum(MEMORY.values()),
+        memory=MEMORY,
         wanted=FNXS,
         wrong=1 << 50,
         table_memory=0,

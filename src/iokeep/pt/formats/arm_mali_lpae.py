@@ -50,12 +50,7 @@ XN, SYNCED = bits(54, 53), 1 << 55
 CACHE = 1 << 2 | 2 << 8
 ALL = bits(63, 0)
 #: memory attributes of a leaf at every level, any value of which hardware takes
-MEMORY = MappingProxyType({"attr_index": ATTR_INDEX, "sh": SH, "xn": XN})
-
-
-def kernel_flags(level: int) -> Mapping[str, tuple[int, int]]:
-    """IOMMU_* flag -> (mask, value) of a leaf that was mapped with it (arm_lpae_prot_to_pte())."""
-    return {"cache": (ATTR_INDEX, 1 << 2), "mmio": (ATTR_INDEX, 2 << 2), "noexec": (XN, XN)}
+MEMORY = ATTR_INDEX | SH | XN
 
 
 def _level(number: int, config: Mapping[str, int]) -> LevelSpec:
@@ -85,7 +80,7 @@ def _level(number: int, config: Mapping[str, int]) -> LevelSpec:
         tw_value=0,
         leaf_reserved=ALL & ~(TYPE | ATTR_INDEX | READ | WRITE | SH | ACCESS | oa | XN),
         table_reserved=ALL & ~(TYPE | next_pa | SYNCED),
-        leaf_ignored=sum(MEMORY.values()) | ACCESS,
+        leaf_ignored=MEMORY | ACCESS,
         table_ignored=SYNCED,
         leaf_base=LEAF | CACHE,
         table_base=TABLE,

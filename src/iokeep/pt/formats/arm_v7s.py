@@ -78,22 +78,6 @@ AF, UNPRIVILEGED, READ_ONLY, S, NG = 1 << 4, 1 << 5, 1 << 9, 1 << 10, 1 << 11
 COMMON = AF | UNPRIVILEGED | S | NG
 
 
-def kernel_flags(level: int, large: bool = False) -> Mapping[str, tuple[int, int]]:
-    """IOMMU_* flag -> (mask, value) of a leaf that was mapped with it (arm_v7s_prot_to_pte()).
-
-    :param level: of the leaf. :param large: it is a large page, not a small one.
-    """
-    up = 6 * level
-    tex = TEX_LARGE if level or large else TEX_SMALL
-    xn = XN1 if level else XN_LARGE if large else XN_SMALL
-    return {
-        "cache": (tex | B_C, tex & -tex | B_C),
-        "mmio": (tex, 0),
-        "noexec": (xn, xn),
-        "priv": (UNPRIVILEGED << up, 0),
-    }
-
-
 def _permissions(quirks: int, up: int) -> tuple[int, int]:
     """(mask, value) of a leaf that may be written; without AP[2], of one that may be read.
 
