@@ -28,8 +28,8 @@ def output(command: str) -> str:
     done = subprocess.run(
         run, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False
     )
-    if done.returncode not in (0, 1):
-        sys.exit(f"README.md: {command} returned {done.returncode}")
+    if done.returncode not in (0, 1) or not done.stdout:
+        sys.exit(f"README.md: {command} returned {done.returncode} and {len(done.stdout)} characters")
     return done.stdout
 
 
