@@ -82,5 +82,4 @@ kho_scratch = np.dtype([("addr", "<u8"), ("size", "<u8")])
 SESSIONS_PER_BLOCK = (PAGE_SIZE - kho_block_header_ser.itemsize) // luo_session_ser.itemsize
 FILES_PER_BLOCK = (PAGE_SIZE - kho_block_header_ser.itemsize) // luo_file_ser.itemsize
 FLBS_PER_PAGE = (PAGE_SIZE - luo_flb_header_ser.itemsize) // luo_flb_ser.itemsize
-FOLIOS_PER_PAGE = PAGE_SIZE // memfd_luo_folio_ser.itemsize
 CHUNK_PAGES = 511  # kho_vmalloc_chunk.phys

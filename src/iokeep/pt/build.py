@@ -202,11 +202,6 @@ class Table:
             pa = pa & ~np.uint64(size - 1)
         return self.fmt.leaf_items(level, pa, prot, contig)
 
-    def _raw(self, iova: int) -> int:
-        if not 0 <= iova < 1 << 64 or not self.fmt.covers(iova):
-            raise ValueError(f"iova {iova:#x} is beyond the {self.fmt.input_lg2}-bit input of this table")
-        return iova & ((1 << self.fmt.input_lg2) - 1)
-
     # -- map -------------------------------------------------------------------------------------------
 
     def map(self, extents: Extents, max_lg2: int | None = None) -> None:

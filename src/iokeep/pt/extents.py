@@ -15,7 +15,6 @@ U8 = NDArray[np.uint8]
 PROT_R = 1
 PROT_W = 2
 PROT_TEXT = {0: "--", PROT_R: "r-", PROT_W: "-w", PROT_R | PROT_W: "rw"}
-TEXT_PROT = {text: bits for bits, text in PROT_TEXT.items()}
 
 
 @dataclass(frozen=True, slots=True)

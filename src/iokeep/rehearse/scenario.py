@@ -154,16 +154,6 @@ class Scenario:
         """Number of the file's first page among all pages of all files: the key of a DMA payload."""
         return sum(f.size // FRAME for f in self.files[:file])
 
-    def windows(self, *, quiet: bool) -> list[tuple[Range, GuestArea]]:
-        """What devices may use, with its area: all areas, without the quiet ranges where ``quiet`` is
-        True."""
-        out = []
-        holes = list(self.quiet) if quiet else []
-        for area in self.areas:
-            for r in subtract([Range(area.iova, area.last)], holes):
-                out.append((r, area))
-        return out
-
 
 def machine_memory(root: Path = Path("/")) -> int:
     """Bytes that this machine could give now (MemAvailable, and the cgroup's limit where there is one)."""

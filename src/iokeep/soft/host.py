@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from iokeep.uapi.soft import SoftTransport
 
 AUDIT_PATH = "/sys/kernel/debug/iokeep/audit"
-KMSG_PATH = "/dev/kmsg"
 #: seconds that a kernel may take to boot, and to end after reboot(2)
 KERNEL_TIMEOUT = 60.0
 #: seconds that a device may take from its start to its first burst (a cold compile takes several)
@@ -202,11 +201,6 @@ class SoftHost:
     def socket(self) -> Path:
         """The socket of the running kernel; another one for each boot."""
         return self.directory / f"kernel-{len(self.kernels) - 1}.sock"
-
-    @property
-    def kernel_running(self) -> bool:
-        """The newest kernel's process is alive."""
-        return bool(self.kernels) and self.kernels[-1].process.poll() is None
 
     def check(self) -> None:
         """Look after the devices. :raises HostError: one of them has ended, which none does by itself."""

@@ -67,7 +67,6 @@ PAGE = 4096
 EXTENT = struct.Struct("<IIQQ")
 TARGET_RAM = 0
 TARGET_REGISTERS = 1
-N_TARGETS = 2
 
 _U64 = (1 << 64) - 1
 

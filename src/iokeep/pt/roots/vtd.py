@@ -68,7 +68,6 @@ SM_CONTEXT_HI_RESERVED = _WORD & ~(RID_PASID_MASK | SM_CONTEXT_RID_PRIV)
 # -- PASID directory and table, specification 9.5 and 9.6 ------------------------------------------
 PASID_DIR_ENTRY_BYTES = 8
 PASID_ENTRY_BYTES = 64
-PASID_BITS = 20
 PASID_TABLE_BITS = 6  # a PASID table holds 64 entries; the directory is indexed by PASID[19:6]
 PASID_DIR_RESERVED = 0xFFC | _ABOVE_HAW
 PASID_AW_SHIFT = 2

@@ -87,7 +87,6 @@ HIDDEN_IQE = 0xF10  # invalidation queue error found while no front-end was onli
 ) = range(10)
 
 MAMV = 18  # page-selective invalidation of up to 2**18 pages
-NFR_OFFSET = DMAR_FRCD_REG
 
 
 def capabilities(n_devices: int) -> tuple[int, int, int]:

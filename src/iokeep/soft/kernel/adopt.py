@@ -8,7 +8,6 @@ tables hold, and the tables with what hardware uses, before iommufd reads a PFN 
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import time
 from collections.abc import Callable, Iterable
@@ -482,7 +481,3 @@ def _checked(handler: Callable[[Iommufd, Ioctl], None]) -> Callable[[Iommufd, Io
         return 0
 
     return serve
-
-
-#: bytes of one mismatch, which the caller's array is made of
-MISMATCH_BYTES = ctypes.sizeof(uapi.iommu_liveupdate_mismatch)

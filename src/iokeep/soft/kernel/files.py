@@ -33,7 +33,6 @@ F_ALL_SEALS = 0x003F
 # include/uapi/linux/memfd.h
 MFD_CLOEXEC = 0x0001
 MFD_ALLOW_SEALING = 0x0002
-MFD_HUGETLB = 0x0004
 MFD_NOEXEC_SEAL = 0x0008
 MFD_EXEC = 0x0010
 MFD_KNOWN = MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL | MFD_EXEC
@@ -495,14 +494,17 @@ class Memfd(PageFile):
             if mode & FALLOC_FL_KEEP_SIZE:
                 end = self._size  # pages past the end would be freed at release anyway; none are kept here
             else:
-                if self.seals & F_SEAL_GROW:
-                    raise SysError(errno.EPERM, f"{self.name}: sealed against growing")
-                if self.preserved:
-                    raise SysError(errno.EPERM, f"{self.name}: preserved, its size is frozen")
-                self._check_fits(end)
-                self._resize(end)
+                self._grow(end)
         if offset < end:
             self.fault(offset // FRAME_BYTES, (end - 1) // FRAME_BYTES)
+
+    def _grow(self, size: int) -> None:
+        if self.seals & F_SEAL_GROW:
+            raise SysError(errno.EPERM, f"{self.name}: sealed against growing")
+        if self.preserved:
+            raise SysError(errno.EPERM, f"{self.name}: preserved, its size is frozen")
+        self._check_fits(size)
+        self._resize(size)
 
     def _punch(self, offset: int, end: int) -> None:
         if self.seals & (F_SEAL_WRITE | F_SEAL_FUTURE_WRITE):
@@ -557,12 +559,7 @@ class Memfd(PageFile):
         if self.seals & (F_SEAL_WRITE | F_SEAL_FUTURE_WRITE):
             raise SysError(errno.EPERM, f"{self.name}: sealed against writes")
         if end > self._size:
-            if self.seals & F_SEAL_GROW:
-                raise SysError(errno.EPERM, f"{self.name}: sealed against growing")
-            if self.preserved:
-                raise SysError(errno.EPERM, f"{self.name}: preserved, its size is frozen")
-            self._check_fits(end)
-            self._resize(end)
+            self._grow(end)
         self.write_bytes(offset, data)
         return len(data)
 
