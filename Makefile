@@ -30,7 +30,7 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
 
 $(VENV)/run.stamp: requirements/run.lock pyproject.toml | $(BIN)/python
-	@echo "set-up: installing what iokeep runs on, from requirements/run.lock (once; about 80 MB)"
+	@echo "set-up: installing what iokeep runs on, from requirements/run.lock (once)"
 	@$(BIN)/python -m pip install $(PIP_FLAGS) -r requirements/run.lock | $(PROGRESS)
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --disable-pip-version-check -e .
 	@touch $@
