@@ -18,7 +18,8 @@ import pytest
 
 from iokeep.iommufd.client import Iommufd, IommufdError, VfioDevice
 from iokeep.soft.hardware.platform import Platform
-from iokeep.soft.kernel.server import OOPS_STATUS
+from iokeep.soft.kernel.kernel import Kernel
+from iokeep.soft.kernel.server import OOPS_STATUS, Server
 from iokeep.uapi import iommufd as uapi
 from iokeep.uapi import wire
 from iokeep.uapi.soft import SoftTransport
@@ -170,6 +171,30 @@ def test_a_killed_guest_leaves_nothing(machine):
         client.stdout.close()
         machine.clean()
     assert machine.process.poll() is None
+
+
+def test_the_socket_takes_connections_as_soon_as_it_is_there(tmp_path, monkeypatch):
+    """A name that is there before listen() refuses whoever waited for it."""
+    path = tmp_path / "kernel.sock"
+    seen = []
+    listen = socket.socket.listen
+
+    def watched(self, backlog):
+        seen.append(path.exists())
+        listen(self, backlog)
+
+    monkeypatch.setattr(socket.socket, "listen", watched)
+    kernel = Kernel(Platform.create(16 * MIB, 1))
+    server = Server(kernel, path)
+    assert seen == [False]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.connect(str(path))
+    assert [p.name for p in tmp_path.iterdir()] == ["kernel.sock"]
+    with pytest.raises(FileExistsError):
+        Server(kernel, path)
+    assert [p.name for p in tmp_path.iterdir()] == ["kernel.sock"]
+    server.close()
+    assert not path.exists()
 
 
 def raw_client(machine):

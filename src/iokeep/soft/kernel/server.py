@@ -40,8 +40,14 @@ class Server:
         self._running = True
         self._selector = selectors.DefaultSelector()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind(str(path))
-        self._listener.listen(64)
+        # The name appears when connections are taken, not before: who waits for it is never refused.
+        unfinished = path.with_name(f"{path.name}~")
+        self._listener.bind(str(unfinished))
+        try:
+            self._listener.listen(64)
+            path.hardlink_to(unfinished)
+        finally:
+            unfinished.unlink()
         self._listener.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._processes: dict[ServerConnection, Process | None] = {}
