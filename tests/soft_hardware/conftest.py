@@ -8,8 +8,8 @@ from iokeep.pt.build import Table
 from iokeep.pt.extents import Extents
 from iokeep.pt.registry import open_format
 from iokeep.pt.roots import vtd
-from iokeep.soft.hardware import registers as r
 from iokeep.soft.hardware.platform import Platform
+from iokeep.soft.hardware.units import vtd as r
 
 MODES = ("legacy", "scalable-ss", "scalable-fs")
 

@@ -12,8 +12,8 @@ import pytest
 
 from iokeep.pt.roots import vtd
 from iokeep.soft.hardware import bar, device
-from iokeep.soft.hardware import registers as r
 from iokeep.soft.hardware.bar import RangeRow
+from iokeep.soft.hardware.units import vtd as r
 
 IOVA, PA, PAGES, TAG = 1 << 30, 0x400000, 64, 9
 
@@ -166,7 +166,7 @@ def test_starts_for_nobody(machine):
 def test_numba_is_not_needed_to_look_at_a_machine():
     program = (
         "import sys\n"
-        "import iokeep.soft.hardware.platform, iokeep.soft.hardware.bar, iokeep.soft.hardware.registers\n"
+        "import iokeep.soft.hardware.platform, iokeep.soft.hardware.bar, iokeep.soft.hardware.units.vtd\n"
         "import iokeep.soft.hardware.device, iokeep.soft.hardware.iommu, iokeep.soft.hardware.dma\n"
         "sys.exit('numba' in sys.modules)\n"
     )

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from iokeep.pt.roots import vtd
 from iokeep.soft.hardware import bar, engine
-from iokeep.soft.hardware import registers as r
 from iokeep.soft.hardware.bar import RangeRow
 from iokeep.soft.hardware.dma import DmaEngine
 from iokeep.soft.hardware.iommu import FrontEnd
+from iokeep.soft.hardware.units import vtd as r
 
 IOVA, PA, PAGES, TAG = 1 << 30, 0x400000, 32, 0x70001
 RW, R, W, PROBE = 3, 1, 2, 7

@@ -18,8 +18,8 @@ from iokeep.pt.registry import open_format
 from iokeep.pt.roots import vtd
 from iokeep.pt.roots.vtd import FaultReason
 from iokeep.soft.hardware import engine
-from iokeep.soft.hardware import registers as r
 from iokeep.soft.hardware.iommu import hardware_formats
+from iokeep.soft.hardware.units import vtd as r
 
 RAM = 1 << 20
 FORMATS, KINDS = engine.format_tables(hardware_formats())

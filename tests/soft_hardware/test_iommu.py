@@ -11,8 +11,8 @@ from iokeep.pt.extents import Extents
 from iokeep.pt.roots import vtd
 from iokeep.pt.roots.vtd import FaultReason
 from iokeep.soft.hardware import engine
-from iokeep.soft.hardware import registers as r
 from iokeep.soft.hardware.iommu import FrontEnd
+from iokeep.soft.hardware.units import vtd as r
 
 MODES = ("legacy", "scalable-ss", "scalable-fs")
 IOVA = 1 << 30

@@ -8,8 +8,8 @@ import pytest
 
 from iokeep.errors import InputError
 from iokeep.soft.hardware import bar
-from iokeep.soft.hardware import registers as r
 from iokeep.soft.hardware.platform import Platform
+from iokeep.soft.hardware.units import vtd as r
 
 
 def again(p):

@@ -52,7 +52,7 @@ def dev(c, fd):
 
 
 def domain(kernel, index=0):
-    return kernel.vtd.devices[index].domain
+    return kernel.iommu.devices[index].domain
 
 
 def translation(kernel, index=0):
@@ -96,12 +96,12 @@ def test_attach_fills_and_map_follows(kernel, c, fd, ioas, m, dev):
 
 def test_hardware_finds_the_table(kernel, c, fd, ioas, dev):
     c.attach(dev[0], ioas)
-    info = kernel.vtd.root_of(kernel.vtd.devices[0])
+    info = kernel.iommu.root_of(kernel.iommu.devices[0])
     assert (info.root_pa, info.domain_id) == (domain(kernel).root_pa, domain(kernel).domain_id)
     assert info.format == domain(kernel).fmt.name
     c.detach(dev[0])
     with pytest.raises(Exception, match="not present"):
-        kernel.vtd.root_of(kernel.vtd.devices[0])
+        kernel.iommu.root_of(kernel.iommu.devices[0])
 
 
 def test_huge_leaves_and_huge_pages_off(kernel, c, fd, dev):
@@ -141,7 +141,7 @@ def test_user_memory(kernel, c, fd, ioas, m, dev):
     anon, vma, _ = c.mmap(-1, MIB)
     c.map(fd, ioas, hva + 0x4000, 0x8000, 0)
     c.map(fd, ioas, anon, MIB, MIB)
-    below = kernel.vtd.devices[0].domain.table.leaves(0, MIB - 1).extents()
+    below = kernel.iommu.devices[0].domain.table.leaves(0, MIB - 1).extents()
     assert same(below, want(c, m, [(0, MIB + 0x4000, 0x8000, 3)]))
     assert translation(kernel).mapped_bytes == MIB + 0x8000
     c.munmap(vma)
@@ -308,7 +308,7 @@ def test_reserved_and_beyond_the_aperture(kernel, c, fd, ioas, m, dev):
         c.attach(dev[0], ioas)
     c.unmap(fd, ioas)
     c.attach(dev[0], ioas)
-    top = 1 << (47 if kernel.vtd.mode == "scalable-fs" else 48)
+    top = 1 << (47 if kernel.iommu.mode == "scalable-fs" else 48)
     for iova in (0xFEE00000, 0xFEEFF000, 0xFEDFF000, top, top - 4096, MAX - 4095 - 4096):
         with refused(errno.EINVAL):
             c.map_file(fd, ioas, m, 0, 8192, iova)
@@ -675,7 +675,7 @@ def test_hw_info(kernel, c, fd, dev):
     assert cmd.out_data_type == uapi.IOMMU_HW_INFO_TYPE_INTEL_VTD
     assert cmd.data_len == 24
     _, _, cap, ecap = struct.unpack("<IIQQ", bytes(c.user.buffers[hva])[:24])
-    assert (cap, ecap) == (kernel.vtd.cap, kernel.vtd.ecap)
+    assert (cap, ecap) == (kernel.iommu.cap, kernel.iommu.ecap)
     assert bytes(c.user.buffers[hva])[24:] == bytes(16)
     c.ioctl(fd, uapi.IOMMU_GET_HW_INFO, uapi.iommu_hw_info(size=32, dev_id=dev[1]))
     for changes, number in (
@@ -763,9 +763,9 @@ def test_a_wrong_table_makes_wrong_unpins():
     c.bind(v, fd)
     c.attach(v, ioas)
     c.map_file(fd, ioas, m, 0, 16384, 0)
-    leaves = kernel.vtd.devices[0].domain.table.leaves()
+    leaves = kernel.iommu.devices[0].domain.table.leaves()
     ram = kernel.platform.ram
-    root = kernel.vtd.devices[0].domain.root_pa
+    root = kernel.iommu.devices[0].domain.root_pa
     table = root
     for _ in range(3):
         table = ram.load64(table) & 0xFFFFFFFFF000

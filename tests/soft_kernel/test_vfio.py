@@ -33,9 +33,9 @@ def fd(c):
 
 def roots(kernel):
     out = []
-    for dev in kernel.vtd.devices:
+    for dev in kernel.iommu.devices:
         try:
-            out.append(kernel.vtd.root_of(dev).root_pa)
+            out.append(kernel.iommu.root_of(dev).root_pa)
         except codec.RootFault:
             out.append(None)
     return out
@@ -110,9 +110,9 @@ def test_automatic_domains_are_shared_and_go_with_the_last_device(kernel, c, fd)
     assert len(hwpts) == 1
     assert len(set(roots(kernel))) == 1
     for v in vs:
-        assert kernel.vtd.domains
+        assert kernel.iommu.domains
         c.detach(v)
-    assert kernel.vtd.domains == {}
+    assert kernel.iommu.domains == {}
     assert roots(kernel) == [None] * 3
     assert len(devs) == 3
 
@@ -127,15 +127,15 @@ def test_replace_moves_one_device_and_leaves_its_neighbours(kernel, c, fd):
         c.bind(v, fd)
         c.attach(v, ioas)
     before = roots(kernel)
-    pages = set(kernel.vtd.structure_pages().tolist())
+    pages = set(kernel.iommu.structure_pages().tolist())
     moved = c.attach(vs[1], other)
     after = roots(kernel)
     assert after[0] == before[0] == after[2]
     assert after[1] not in before
     assert after[1] == c.process.file(fd).hwpt(moved).domain.root_pa
     # one table was exchanged for a copy, nothing else moved
-    assert len(set(kernel.vtd.structure_pages().tolist()) - pages) == 1
-    assert len(pages - set(kernel.vtd.structure_pages().tolist())) == 1
+    assert len(set(kernel.iommu.structure_pages().tolist()) - pages) == 1
+    assert len(pages - set(kernel.iommu.structure_pages().tolist())) == 1
     assert kernel.audit().leaked == 0
     assert c.ranges(fd, other)[0][0] == (0, 0xFEDFFFFF)
     c.attach(vs[1], ioas)
@@ -175,7 +175,7 @@ def test_hardware_never_sees_a_gap_at_replace(kernel, c, fd, monkeypatch):
     real64, real = type(ram).store64, type(ram).write
 
     def look():
-        seen.append(kernel.vtd.root_of(kernel.vtd.devices[0]).root_pa)
+        seen.append(kernel.iommu.root_of(kernel.iommu.devices[0]).root_pa)
 
     monkeypatch.setattr(type(ram), "store64", lambda self, pa, value: (real64(self, pa, value), look())[0])
     monkeypatch.setattr(type(ram), "write", lambda self, pa, data: (real(self, pa, data), look())[0])
@@ -274,8 +274,8 @@ def test_levels(monkeypatch):
         v = c.vfio()
         c.bind(v, fd)
         c.attach(v, c.ioas(fd))
-        info = kernel.vtd.root_of(kernel.vtd.devices[0])
-        assert info.levels == levels
+        info = kernel.iommu.root_of(kernel.iommu.devices[0])
+        assert len(info.fmt.levels) == levels
         settled(kernel)
 
 
@@ -293,7 +293,7 @@ def test_buses_beyond_the_first():
 
 
 def test_hardware_that_does_not_answer_stops_the_kernel(monkeypatch):
-    from iokeep.soft.hardware import registers as reg
+    from iokeep.soft.hardware.units import vtd as reg
 
     kernel = boot()
     c = Caller(kernel)
@@ -308,7 +308,7 @@ def test_hardware_that_does_not_answer_stops_the_kernel(monkeypatch):
 
 
 def test_pump_lets_hardware_in_this_process_go_on():
-    from iokeep.soft.hardware import registers as reg
+    from iokeep.soft.hardware.units import vtd as reg
 
     kernel = boot()
     turns = []

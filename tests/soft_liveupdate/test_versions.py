@@ -139,7 +139,7 @@ def test_what_is_handed_over_reads_well(hosts, placement):
     host = hosts(params={"placement": placement}, devices=False)
     guest = Guest(host).start().preserve()
     pfns = next(f for f in host.kernel.files.values() if f.name == "ram").pfns.copy()
-    domain = guest.host.kernel.vtd.devices[0].domain
+    domain = guest.host.kernel.iommu.devices[0].domain
     shown = domain.table.leaves().extents()
     guest.transport.reboot_kexec()
     found = read_handover(host.platform.ram, host.platform.boot.fdt_addr)

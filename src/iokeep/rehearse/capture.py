@@ -15,8 +15,8 @@ from iokeep.pt.extents import Extents
 from iokeep.pt.roots.vtd import find_root
 from iokeep.pt.tables import table_pages
 from iokeep.rehearse.measure import Table
-from iokeep.soft.hardware import registers
 from iokeep.soft.hardware.platform import Platform
+from iokeep.soft.hardware.units import vtd as registers
 
 PAGE = 4096
 

@@ -21,9 +21,10 @@ from iokeep.pt.registry import open_format
 from iokeep.pt.roots.vtd import find_root
 from iokeep.pt.tables import table_pages
 from iokeep.rehearse.scenario import Expected
-from iokeep.soft.hardware import bar, registers
+from iokeep.soft.hardware import bar
 from iokeep.soft.hardware.bar import StepStats
 from iokeep.soft.hardware.platform import Platform
+from iokeep.soft.hardware.units import vtd as registers
 
 __all__ = ["Clock", "Table", "compare_leaves", "device_table", "dma_of", "guest_words"]
 

@@ -11,11 +11,11 @@ Entries are plain ints, one per 64-bit word, lowest word first. All pas are byte
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass, field
 
-from iokeep.errors import InputError, MemoryAbsent
+from iokeep.errors import MemoryAbsent
 from iokeep.mem.memory import Memory
+from iokeep.pt.roots import base
 from iokeep.pt.roots.base import PathStep
 
 TABLE_BYTES = 4096
@@ -93,98 +93,49 @@ LEVELS_OF_FSPM = {0: 4, 1: 5}
 FSPM_OF_LEVELS = {levels: fspm for fspm, levels in LEVELS_OF_FSPM.items()}
 
 
-class FaultReason(enum.IntEnum):
+class FaultReason(base.FaultCode):
     """Fault reasons of DMA remapping: specification 7.1.3; numbered as in Linux intel/dmar.c."""
 
-    NONE = 0x00
-    ROOT_NOT_PRESENT = 0x01
-    CONTEXT_NOT_PRESENT = 0x02
-    CONTEXT_INVALID = 0x03
-    BEYOND_WIDTH = 0x04
-    NO_WRITE = 0x05
-    NO_READ = 0x06
-    PAGING_ACCESS = 0x07
-    ROOT_ACCESS = 0x08
-    CONTEXT_ACCESS = 0x09
-    ROOT_RESERVED = 0x0A
-    CONTEXT_RESERVED = 0x0B
-    PAGING_RESERVED = 0x0C
-    CONTEXT_BLOCKED = 0x0D
-    SM_ROOT_TABLE_INVALID = 0x30
-    SM_ROOT_ACCESS = 0x38
-    SM_ROOT_NOT_PRESENT = 0x39
-    SM_ROOT_RESERVED = 0x3A
-    SM_CONTEXT_ACCESS = 0x40
-    SM_CONTEXT_NOT_PRESENT = 0x41
-    SM_CONTEXT_RESERVED = 0x42
-    SM_CONTEXT_INVALID = 0x43
-    SM_PASID_TOO_LARGE = 0x46
-    SM_RID_PASID_TOO_LARGE = 0x48
-    SM_PASID_DIR_ACCESS = 0x50
-    SM_PASID_DIR_NOT_PRESENT = 0x51
-    SM_PASID_DIR_RESERVED = 0x52
-    SM_PASID_ACCESS = 0x58
-    SM_PASID_NOT_PRESENT = 0x59
-    SM_PASID_RESERVED = 0x5A
-    SM_PASID_INVALID = 0x5B
-    SM_FIRST_ACCESS = 0x70
-    SM_FIRST_NOT_PRESENT = 0x71
-    SM_FIRST_RESERVED = 0x72
-    SM_SECOND_ACCESS = 0x78
-    SM_SECOND_RESERVED = 0x7A
-    SM_NOT_CANONICAL = 0x80
-    SM_SECOND_BEYOND_WIDTH = 0x84
-    SM_NO_WRITE = 0x85
-    SM_NO_READ = 0x86
-
-    @property
-    def text(self) -> str:
-        """What it means, in a few words."""
-        return _REASON_TEXT[self]
-
-
-_REASON_TEXT = {
-    FaultReason.NONE: "no fault",
-    FaultReason.ROOT_NOT_PRESENT: "the root entry is not present",
-    FaultReason.CONTEXT_NOT_PRESENT: "the context entry is not present",
-    FaultReason.CONTEXT_INVALID: "the context entry is programmed wrongly",
-    FaultReason.BEYOND_WIDTH: "the IOVA is beyond the width of the context entry",
-    FaultReason.NO_WRITE: "no write permission",
-    FaultReason.NO_READ: "no read permission",
-    FaultReason.PAGING_ACCESS: "a page table is not in memory",
-    FaultReason.ROOT_ACCESS: "the root table is not in memory",
-    FaultReason.CONTEXT_ACCESS: "the context table is not in memory",
-    FaultReason.ROOT_RESERVED: "a reserved bit is set in the root entry",
-    FaultReason.CONTEXT_RESERVED: "a reserved bit is set in the context entry",
-    FaultReason.PAGING_RESERVED: "a reserved bit is set in a paging entry",
-    FaultReason.CONTEXT_BLOCKED: "the translation type of the context entry blocks the request",
-    FaultReason.SM_ROOT_TABLE_INVALID: "the root table register has an invalid translation table mode",
-    FaultReason.SM_ROOT_ACCESS: "the root table is not in memory",
-    FaultReason.SM_ROOT_NOT_PRESENT: "the root entry is not present",
-    FaultReason.SM_ROOT_RESERVED: "a reserved bit is set in the root entry",
-    FaultReason.SM_CONTEXT_ACCESS: "the context table is not in memory",
-    FaultReason.SM_CONTEXT_NOT_PRESENT: "the context entry is not present",
-    FaultReason.SM_CONTEXT_RESERVED: "a reserved bit is set in the context entry",
-    FaultReason.SM_CONTEXT_INVALID: "the context entry is programmed wrongly",
-    FaultReason.SM_PASID_TOO_LARGE: "the PASID is beyond the PASID directory",
-    FaultReason.SM_RID_PASID_TOO_LARGE: "RID_PASID is beyond the PASID directory",
-    FaultReason.SM_PASID_DIR_ACCESS: "the PASID directory is not in memory",
-    FaultReason.SM_PASID_DIR_NOT_PRESENT: "the PASID directory entry is not present",
-    FaultReason.SM_PASID_DIR_RESERVED: "a reserved bit is set in the PASID directory entry",
-    FaultReason.SM_PASID_ACCESS: "the PASID table is not in memory",
-    FaultReason.SM_PASID_NOT_PRESENT: "the PASID table entry is not present",
-    FaultReason.SM_PASID_RESERVED: "a reserved bit is set in the PASID table entry",
-    FaultReason.SM_PASID_INVALID: "the PASID table entry is programmed wrongly",
-    FaultReason.SM_FIRST_ACCESS: "a first-stage table is not in memory",
-    FaultReason.SM_FIRST_NOT_PRESENT: "a first-stage entry is not present",
-    FaultReason.SM_FIRST_RESERVED: "a reserved bit is set in a first-stage entry",
-    FaultReason.SM_SECOND_ACCESS: "a second-stage table is not in memory",
-    FaultReason.SM_SECOND_RESERVED: "a reserved bit is set in a second-stage entry",
-    FaultReason.SM_NOT_CANONICAL: "the IOVA is not canonical",
-    FaultReason.SM_SECOND_BEYOND_WIDTH: "the IOVA is beyond the width of the second stage",
-    FaultReason.SM_NO_WRITE: "no write permission",
-    FaultReason.SM_NO_READ: "no read permission",
-}
+    NONE = 0x00, "no fault"
+    ROOT_NOT_PRESENT = 0x01, "the root entry is not present"
+    CONTEXT_NOT_PRESENT = 0x02, "the context entry is not present"
+    CONTEXT_INVALID = 0x03, "the context entry is programmed wrongly"
+    BEYOND_WIDTH = 0x04, "the IOVA is beyond the width of the context entry"
+    NO_WRITE = 0x05, "no write permission"
+    NO_READ = 0x06, "no read permission"
+    PAGING_ACCESS = 0x07, "a page table is not in memory"
+    ROOT_ACCESS = 0x08, "the root table is not in memory"
+    CONTEXT_ACCESS = 0x09, "the context table is not in memory"
+    ROOT_RESERVED = 0x0A, "a reserved bit is set in the root entry"
+    CONTEXT_RESERVED = 0x0B, "a reserved bit is set in the context entry"
+    PAGING_RESERVED = 0x0C, "a reserved bit is set in a paging entry"
+    CONTEXT_BLOCKED = 0x0D, "the translation type of the context entry blocks the request"
+    SM_ROOT_TABLE_INVALID = 0x30, "the root table register has an invalid translation table mode"
+    SM_ROOT_ACCESS = 0x38, "the root table is not in memory"
+    SM_ROOT_NOT_PRESENT = 0x39, "the root entry is not present"
+    SM_ROOT_RESERVED = 0x3A, "a reserved bit is set in the root entry"
+    SM_CONTEXT_ACCESS = 0x40, "the context table is not in memory"
+    SM_CONTEXT_NOT_PRESENT = 0x41, "the context entry is not present"
+    SM_CONTEXT_RESERVED = 0x42, "a reserved bit is set in the context entry"
+    SM_CONTEXT_INVALID = 0x43, "the context entry is programmed wrongly"
+    SM_PASID_TOO_LARGE = 0x46, "the PASID is beyond the PASID directory"
+    SM_RID_PASID_TOO_LARGE = 0x48, "RID_PASID is beyond the PASID directory"
+    SM_PASID_DIR_ACCESS = 0x50, "the PASID directory is not in memory"
+    SM_PASID_DIR_NOT_PRESENT = 0x51, "the PASID directory entry is not present"
+    SM_PASID_DIR_RESERVED = 0x52, "a reserved bit is set in the PASID directory entry"
+    SM_PASID_ACCESS = 0x58, "the PASID table is not in memory"
+    SM_PASID_NOT_PRESENT = 0x59, "the PASID table entry is not present"
+    SM_PASID_RESERVED = 0x5A, "a reserved bit is set in the PASID table entry"
+    SM_PASID_INVALID = 0x5B, "the PASID table entry is programmed wrongly"
+    SM_FIRST_ACCESS = 0x70, "a first-stage table is not in memory"
+    SM_FIRST_NOT_PRESENT = 0x71, "a first-stage entry is not present"
+    SM_FIRST_RESERVED = 0x72, "a reserved bit is set in a first-stage entry"
+    SM_SECOND_ACCESS = 0x78, "a second-stage table is not in memory"
+    SM_SECOND_RESERVED = 0x7A, "a reserved bit is set in a second-stage entry"
+    SM_NOT_CANONICAL = 0x80, "the IOVA is not canonical"
+    SM_SECOND_BEYOND_WIDTH = 0x84, "the IOVA is beyond the width of the second stage"
+    SM_NO_WRITE = 0x85, "no write permission"
+    SM_NO_READ = 0x86, "no read permission"
 
 
 # -- finding the table -----------------------------------------------------------------------------
@@ -213,18 +164,11 @@ class RootInfo:
     second: tuple[int, int] | None = None
 
 
-class RootFault(InputError):
-    """The structures lead to no page table, for the reason that hardware would record.
-
-    :param reason: see :class:`FaultReason`. :param path: the entries read before, the faulty one last.
-    """
+class RootFault(base.RootFault):
+    """No page table; ``reason`` is a :class:`FaultReason`."""
 
     kind = "vtd-root"
-
-    def __init__(self, reason: FaultReason, where: str, path: tuple[PathStep, ...]) -> None:
-        super().__init__(f"{where}: {reason.text} (VT-d fault reason {int(reason):#x})")
-        self.reason = reason
-        self.path = path
+    record = "VT-d fault reason"
 
 
 def bdf_text(bdf: int, segment: int = 0) -> str:

@@ -28,7 +28,8 @@ from iokeep.mem.memory import U64
 from iokeep.pt.formats import base
 from iokeep.pt.roots import vtd
 from iokeep.pt.roots.vtd import FaultReason
-from iokeep.soft.hardware import bar, registers
+from iokeep.soft.hardware import bar
+from iokeep.soft.hardware.units import vtd as registers
 
 
 def _jit(function: Callable[..., Any]) -> Callable[..., Any]:

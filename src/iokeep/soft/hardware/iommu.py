@@ -18,9 +18,9 @@ import numpy as np
 from iokeep.pt.formats.base import Format
 from iokeep.pt.registry import open_format
 from iokeep.pt.roots import vtd
-from iokeep.soft.hardware import registers
 from iokeep.soft.hardware.platform import Platform
-from iokeep.soft.hardware.registers import FE_EPOCH, FE_HEAD, FE_INVALIDATIONS, FE_IQE, FE_ONLINE
+from iokeep.soft.hardware.units import vtd as registers
+from iokeep.soft.hardware.units.vtd import FE_EPOCH, FE_HEAD, FE_INVALIDATIONS, FE_IQE, FE_ONLINE
 
 #: bits of the function number that CC_DESC.FM takes out of the comparison (specification 6.5.2.1)
 _FUNCTION_MASK = (0, 4, 6, 7)

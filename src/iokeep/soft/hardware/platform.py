@@ -19,7 +19,7 @@ from iokeep.mem.memory import U64
 from iokeep.mem.ram import Ram
 from iokeep.soft.hardware import bar
 from iokeep.soft.hardware.bar import ArrayWindow
-from iokeep.soft.hardware.registers import MAX_DEVICES, PAGE, HardwareLock, Registers
+from iokeep.soft.hardware.units.vtd import MAX_DEVICES, PAGE, HardwareLock, Registers
 
 U32 = NDArray[np.uint32]
 

@@ -25,7 +25,7 @@ from iokeep.pt.extents import Extents
 from iokeep.pt.formats.base import Format
 from iokeep.pt.layout import compare_layouts, kernel_layout, table_layout
 from iokeep.pt.registry import open_format
-from iokeep.pt.roots.vtd import RootFault
+from iokeep.pt.roots.base import RootFault
 from iokeep.pt.verify import verify
 from iokeep.soft.kernel.device import IommufdDevice
 from iokeep.soft.kernel.files import Ioctl
@@ -38,9 +38,9 @@ from iokeep.uapi import proposal as uapi
 from iokeep.uapi.copy_struct import copy_struct_in
 
 if TYPE_CHECKING:
+    from iokeep.soft.kernel.iommu import Domain, PciDevice
     from iokeep.soft.kernel.kernel import Kernel
     from iokeep.soft.kernel.profiles import Profile
-    from iokeep.soft.kernel.vtd import Domain, PciDevice
 
 #: mismatches that one call may ask for; more are counted, not copied
 MAX_MISMATCHES = 4096
@@ -118,7 +118,7 @@ def give_back(ioas: Ioas, domain: Domain) -> None:
     tail = ioas.domains.pop()
     if index < len(ioas.domains):
         ioas.domains[index] = tail
-    frames = domain.vtd.kernel.frames
+    frames = domain.iommu.kernel.frames
     for area in ioas.areas:
         if area.storage is not domain:
             continue
@@ -271,7 +271,7 @@ class Priors:
         """What hardware uses is not what the record says."""
         for dev in sorted(prior.devices, key=lambda d: d.bdf):
             try:
-                info = self.kernel.vtd.root_of(dev)
+                info = self.kernel.iommu.root_of(dev)
                 found: int | None = info.root_pa
                 right = (info.root_pa, info.domain_id, info.format) == (
                     prior.record.root_pa,

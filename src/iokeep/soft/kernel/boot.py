@@ -14,7 +14,7 @@ Runs before any frame is handed out. There are three ways to go on:
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -27,9 +27,8 @@ from iokeep.handover.abi import KHO_FDT_COMPATIBLE
 from iokeep.handover.iommu import DomainRecord, IommufdRecord, IommuRecord, VfioRecord
 from iokeep.handover.luo import File as FileRecord
 from iokeep.handover.reader import Handover, read_handover
-from iokeep.mem.memory import U64, Memory
+from iokeep.mem.memory import Memory
 from iokeep.pt.registry import open_format
-from iokeep.pt.roots import vtd as codec
 from iokeep.soft.hardware import bar
 from iokeep.soft.kernel import vfio
 from iokeep.soft.kernel.adopt import Priors
@@ -44,6 +43,7 @@ from iokeep.soft.kernel.frames import (
     pfns_of,
 )
 from iokeep.soft.kernel.freeze import Freeze
+from iokeep.soft.kernel.iommu import Inherited
 from iokeep.soft.kernel.kho import KhoOut
 from iokeep.soft.kernel.liveupdate import LiveUpdateDevice
 from iokeep.soft.kernel.luo import FileHandler, IncomingFile, IncomingSession, Luo
@@ -53,7 +53,6 @@ from iokeep.soft.kernel.preserve_vfio import VfioHandler
 from iokeep.soft.kernel.profiles import Profile, profile_of
 from iokeep.soft.kernel.syserror import SysError
 from iokeep.soft.kernel.vfio import node_path
-from iokeep.soft.kernel.vtd import FIRST_DID, Inherited
 
 if TYPE_CHECKING:
     from iokeep.soft.kernel.files import File
@@ -223,24 +222,6 @@ def owned_frames(tags: U32) -> I64:
     return pfns[pfns >= FIRMWARE_FRAMES]
 
 
-def hardware_structures(mem: Memory, rtaddr: int, bdfs: Sequence[int]) -> U64:
-    """pas of the root, context and PASID tables that hardware uses for these devices, found from the
-    register.
-
-    For the *held* way, where no record can be believed. Sorted; what is not there is left out.
-    """
-    pas: set[int] = {rtaddr & codec.PA_MASK}
-    for bdf in bdfs:
-        try:
-            path = codec.find_root(mem, rtaddr, bdf).path
-        except codec.RootFault as error:
-            path = error.path
-        except InputError:
-            continue
-        pas.update(step.pa & ~(FRAME_BYTES - 1) for step in path)
-    return np.array(sorted(pas), np.uint64)
-
-
 class Carrier:
     """The live-update half of one kernel: LUO, its handlers, prior domains, and the way through boot
     and reboot.
@@ -329,19 +310,12 @@ class Carrier:
         if self.vfios is not None:
             self.vfios.close_nodes()
         if self.held:
-            for dev in self.kernel.vtd.devices:
+            for dev in self.kernel.iommu.devices:
                 self.kernel.device_nodes[node_path(dev)] = self._refuse
             return
-        vtd = self.kernel.vtd
-        for dev in vtd.devices:
-            if dev.index in self.priors.devices:
-                continue
-            try:
-                left = vtd.root_of(dev)
-            except InputError:
-                continue
-            vtd._block(dev)
-            vtd._flush_device(dev, left.domain_id)
+        for dev in self.kernel.iommu.devices:
+            if dev.index not in self.priors.devices:
+                self.kernel.iommu.block_unknown(dev)
 
     def _refuse(self, process: Process) -> File:
         raise SysError(errno.EBUSY, f"devices are held as they are: {self.held}")
@@ -354,34 +328,34 @@ class Carrier:
             window = self.kernel.platform.bars[index]
             at_work = bar.read_register(window, bar.ENABLE) or bar.read_register(window, bar.ENABLE_ACK)
             if at_work:
-                vfio.reset(self.kernel, self.kernel.vtd.devices[index])
+                vfio.reset(self.kernel, self.kernel.iommu.devices[index])
 
     def _restore(self, restored: Restored) -> None:
-        kernel, vtd = self.kernel, self.kernel.vtd
+        kernel, driver = self.kernel, self.kernel.iommu
         if restored.foreign_iommu and self.profile.liveupdate:
             raise Damaged(f"IOMMU record {restored.foreign_iommu!r} is not {self.profile.iommu_record!r}")
         priors: list[tuple[DomainRecord, I64]] = []
         if restored.iommu is not None:
             hardware = restored.iommu.iommus
-            if len(hardware) != 1 or hardware[0].root_table != vtd.rtaddr:
-                raise Damaged(f"the IOMMU's root table is {vtd.rtaddr:#x}, the record has another")
+            if len(hardware) != 1 or hardware[0].root_table != driver.root_register:
+                raise Damaged(f"the IOMMU's root table is {driver.root_register:#x}, the record has another")
             for record in restored.iommu.domains:
                 try:
                     open_format(record.format, dict(record.config))
                 except InputError as error:
                     raise Damaged(f"domain {record.index}: {error.what}") from error
-                if record.domain_id < FIRST_DID:
+                if record.domain_id < driver.FIRST_ID:
                     raise Damaged(f"domain {record.index} has the reserved domain id {record.domain_id}")
                 priors.append((record, restored.tables[record.index]))
             ids = [record.domain_id for record, _ in priors]
             if len(set(ids)) != len(ids):
                 raise Damaged("two domains have the same domain id")
-            bdfs = {dev.bdf: dev for dev in vtd.devices}
+            bdfs = {dev.bdf: dev for dev in driver.devices}
             for device in restored.iommu.devices:
                 if device.segment or device.bdf not in bdfs:
                     raise Damaged(f"device {device.segment:04x}:{device.bdf:#x} is not there")
             try:
-                vtd.inherit(Inherited(vtd.rtaddr, hardware[0].structure_pages))
+                driver.inherit(Inherited(driver.root_register, hardware[0].structure_pages))
             except IokeepError as error:
                 raise Damaged(error.what) from error
         carried = set()
@@ -391,12 +365,12 @@ class Carrier:
             for record, pfns in priors:
                 self._prior(record, pfns)
             for device in restored.iommu.devices:
-                dev = next(d for d in vtd.devices if d.bdf == device.bdf)
+                dev = next(d for d in driver.devices if d.bdf == device.bdf)
                 prior = self.priors.domains[device.domain_index]
                 assert prior.domain is not None
                 prior.devices.add(dev)
                 self.priors.devices[dev.index] = prior
-                vtd.restored_device(dev, prior.domain)
+                driver.restored_device(dev, prior.domain)
                 carried.add(dev.index)
         self._stop_devices(i for i in range(kernel.platform.n_devices) if i not in carried)
         self.memfds.incoming = restored.memfds
@@ -427,7 +401,7 @@ class Carrier:
             fault = f"root {root_pa:#x} is not among its {len(pages)} table pages"
             root_pa = int(pages[0])  # never used: ADOPT and COMPARE refuse a record with a fault
         prior = self.priors.add(record, pfns, fault)
-        prior.domain = self.kernel.vtd.restore_domain(prior.fmt, root_pa, record.domain_id, pages)
+        prior.domain = self.kernel.iommu.restore_domain(prior.fmt, root_pa, record.domain_id, pages)
 
     def _all_finished(self) -> None:
         """The last incoming session is finished: what nobody claimed is freed."""
@@ -438,7 +412,7 @@ class Carrier:
 
     def _hold(self, why: str) -> None:
         """Keep everything as it is: frames with an owner, the IOMMU, the devices."""
-        kernel, vtd = self.kernel, self.kernel.vtd
+        kernel = self.kernel
         self.held = why
         kernel.log(f"KHO: {why}")
         kernel.log("KHO: everything is kept as it is: memory with an owner, the IOMMU, devices at work")
@@ -449,16 +423,7 @@ class Carrier:
         self.kept = owned
         self.priors.domains.clear()
         self.priors.devices.clear()
-        for dev in vtd.devices:
-            dev.domain = None
-        vtd.domains.clear()
-        pages = hardware_structures(frames.ram, vtd.rtaddr, [d.bdf for d in vtd.devices])
-        vtd.mode = "scalable-ss" if vtd.rtaddr & codec.RTADDR_TTM_MASK else "legacy"
-        vtd.scalable = vtd.mode != "legacy"
-        try:
-            vtd.inherit(Inherited(vtd.rtaddr, pages))
-        except IokeepError as error:
-            kernel.log(f"DMAR: {error.what}")
+        pages = kernel.iommu.hold()
         self.kept = np.setdiff1d(owned, pfns_of(pages))
         self.luo = Luo(kernel.log, self.handlers, incoming_error=why)
 

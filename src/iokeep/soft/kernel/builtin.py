@@ -22,5 +22,5 @@ def install(kernel: Kernel) -> None:
 
 
 def _vfio_nodes(kernel: Kernel) -> None:
-    for dev in kernel.vtd.devices:
+    for dev in kernel.iommu.devices:
         kernel.device_nodes[vfio.node_path(dev)] = vfio.opener(dev)

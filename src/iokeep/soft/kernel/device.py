@@ -16,8 +16,8 @@ from iokeep.soft.kernel.objects import IommufdObject
 from iokeep.soft.kernel.syserror import SysError
 
 if TYPE_CHECKING:
+    from iokeep.soft.kernel.iommu import PciDevice
     from iokeep.soft.kernel.iommufd import Iommufd
-    from iokeep.soft.kernel.vtd import PciDevice
 
 #: IOMMU_RESV_MSI of every PCI device on x86 (intel_iommu_get_resv_regions: IOAPIC_RANGE_START ... END)
 MSI_WINDOW = Range(0xFEE00000, 0xFEEFFFFF)
@@ -117,7 +117,7 @@ class IommufdDevice(IommufdObject):
         hwpt.ioas.reserve(MSI_WINDOW, self)
         before = self.dev.domain
         try:
-            kernel.vtd.set_domain(self.dev, hwpt.domain)
+            kernel.iommu.set_domain(self.dev, hwpt.domain)
         except SysError:
             hwpt.ioas.unreserve(self)
             raise
@@ -142,7 +142,7 @@ class IommufdDevice(IommufdObject):
             hwpt.ioas.reserve(MSI_WINDOW, self)
         before = self.dev.domain
         try:
-            kernel.vtd.set_domain(self.dev, hwpt.domain)
+            kernel.iommu.set_domain(self.dev, hwpt.domain)
         except SysError:
             if other_ioas:
                 hwpt.ioas.unreserve(self)
@@ -170,7 +170,7 @@ class IommufdDevice(IommufdObject):
         hwpt = self.hwpt
         if hwpt is None:
             return None
-        self.iommufd.kernel.vtd.set_domain(self.dev, None)
+        self.iommufd.kernel.iommu.set_domain(self.dev, None)
         hwpt.devices.remove(self)
         hwpt.ioas.unreserve(self)
         hwpt.users -= 1

@@ -32,7 +32,6 @@ from iokeep.pt.build import Table
 from iokeep.pt.digest import digest_extents
 from iokeep.pt.extents import Extents
 from iokeep.pt.leaves import extents
-from iokeep.soft.hardware import registers as reg
 from iokeep.soft.kernel import vfio
 from iokeep.soft.kernel.frames import FRAME_BYTES
 from iokeep.soft.kernel.kho import KhoOut
@@ -40,12 +39,10 @@ from iokeep.soft.kernel.luo import IncomingFile, IncomingSession, Luo
 from iokeep.soft.kernel.syserror import SysError
 
 if TYPE_CHECKING:
+    from iokeep.soft.kernel.iommu import Domain, PciDevice
     from iokeep.soft.kernel.kernel import Kernel
     from iokeep.soft.kernel.profiles import Profile
-    from iokeep.soft.kernel.vtd import Domain, PciDevice
 
-#: pa of the DMAR's registers in the records (where firmware's DRHD would have them)
-REGISTER_BASE = 0xFED90000
 #: pages that a stale table shows wrongly (stale_root)
 _STALE_PAGES = 16
 
@@ -133,7 +130,7 @@ class Freeze:
         """Describe a device that goes on working; its index."""
         index = len(self.devices)
         self.devices.append(
-            DeviceRecord(index, token, 0, dev.bdf, self.add_domain(domain), self.kernel.vtd.mode)
+            DeviceRecord(index, token, 0, dev.bdf, self.add_domain(domain), self.kernel.iommu.mode)
         )
         self.carried.append(dev)
         return index
@@ -183,22 +180,22 @@ class Freeze:
         return FileOut(self.iommufd_compatible if ours else file.compatible, file.data, file.token)
 
     def _hardware(self) -> IommuHwRecord:
-        vtd = self.kernel.vtd
-        pages = vtd.structure_pages()
+        driver = self.kernel.iommu
+        pages = driver.structure_pages()
         self.out.preserve_pas(pages)
         return IommuHwRecord(
-            register_base=REGISTER_BASE,
-            root_table=vtd.rtaddr,
-            mode=vtd.mode,
-            version=vtd.regs.read32(reg.DMAR_VER_REG),
+            register_base=driver.REGISTER_BASE,
+            root_table=driver.root_register,
+            mode=driver.mode,
+            version=driver.version,
             structure_pages=pages,
         )
 
     def shut_devices_down(self) -> None:
         """What device_shutdown() does: devices that are not carried stop, and nothing translates for them."""
-        vtd = self.kernel.vtd
-        for dev in vtd.devices:
+        driver = self.kernel.iommu
+        for dev in driver.devices:
             if dev in self.carried or dev.domain is None:
                 continue
             vfio.reset(self.kernel, dev)
-            vtd.set_domain(dev, None)
+            driver.set_domain(dev, None)

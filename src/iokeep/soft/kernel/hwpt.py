@@ -13,8 +13,8 @@ from iokeep.uapi import iommufd as uapi
 if TYPE_CHECKING:
     from iokeep.soft.kernel.device import IommufdDevice
     from iokeep.soft.kernel.ioas import Ioas
+    from iokeep.soft.kernel.iommu import Domain
     from iokeep.soft.kernel.iommufd import Iommufd
-    from iokeep.soft.kernel.vtd import Domain
 
 _VALID_FLAGS = (
     uapi.IOMMU_HWPT_ALLOC_NEST_PARENT
@@ -63,7 +63,7 @@ class HwptPaging(IommufdObject):
             raise SysError(errno.EOPNOTSUPP, "this IOMMU has no nested translation (ECAP.NEST)")
         if data_type != uapi.IOMMU_HWPT_DATA_NONE:
             raise SysError(errno.EOPNOTSUPP, f"HWPT_ALLOC of a paging domain with data of type {data_type}")
-        hwpt = cls(iommufd, ioas, iommufd.kernel.vtd.alloc_domain(), auto_domain=immediate)
+        hwpt = cls(iommufd, ioas, iommufd.kernel.iommu.alloc_domain(), auto_domain=immediate)
         attached = False
         try:
             if immediate:

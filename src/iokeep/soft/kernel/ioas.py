@@ -22,8 +22,8 @@ from iokeep.soft.kernel.syserror import SysError
 
 if TYPE_CHECKING:
     from iokeep.soft.kernel.hwpt import HwptPaging
+    from iokeep.soft.kernel.iommu import Domain
     from iokeep.soft.kernel.iommufd import Iommufd
-    from iokeep.soft.kernel.vtd import Domain
 
 #: an automatic IOVA is not aligned to more than this (HPAGE_SIZE of x86-64)
 HPAGE_BYTES = 1 << 21

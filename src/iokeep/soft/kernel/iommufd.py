@@ -516,19 +516,16 @@ def iommufd_hwpt_invalidate(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_hwpt_inv
 
 
 def iommufd_get_hw_info(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_hw_info) -> None:
-    """IOMMU_GET_HW_INFO: CAP and ECAP as the registers have them (intel_iommu_hw_info)."""
+    """IOMMU_GET_HW_INFO."""
     if cmd.flags & ~uapi.IOMMU_HW_INFO_FLAG_INPUT_TYPE or any(getattr(cmd, "__reserved")):
         raise SysError(errno.EOPNOTSUPP, f"GET_HW_INFO flags {cmd.flags:#x}")
     wanted = cmd.in_data_type if cmd.flags & uapi.IOMMU_HW_INFO_FLAG_INPUT_TYPE else 0
     if cmd.data_len and not cmd.data_uptr:
         raise SysError(errno.EINVAL, f"{cmd.data_len} bytes at no pointer")
     idev = ictx.device(cmd.dev_id)
-    if wanted not in (uapi.IOMMU_HW_INFO_TYPE_DEFAULT, uapi.IOMMU_HW_INFO_TYPE_INTEL_VTD):
-        raise SysError(errno.EOPNOTSUPP, f"hardware info of type {wanted} from VT-d")
-    vtd = ictx.kernel.vtd
-    info = uapi.iommu_hw_info_vtd()
-    info.cap_reg, info.ecap_reg = vtd.cap, vtd.ecap
-    data = bytes(info)
+    own_type, data = ictx.kernel.iommu.hw_info()
+    if wanted not in (uapi.IOMMU_HW_INFO_TYPE_DEFAULT, own_type):
+        raise SysError(errno.EOPNOTSUPP, f"hardware info of type {wanted} from an IOMMU of type {own_type}")
     if cmd.data_len:
         out = data[: cmd.data_len]
         # trailing bytes of a bigger buffer are zeroed; what is written at once is bounded here
@@ -539,7 +536,7 @@ def iommufd_get_hw_info(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_hw_info) -> 
             call.process.copy_to_user(at, bytes(n))
             at, left = at + n, left - n
     cmd.data_len = len(data)
-    cmd.out_data_type = uapi.IOMMU_HW_INFO_TYPE_INTEL_VTD
+    cmd.out_data_type = own_type
     cmd.out_capabilities = 0 if idev.dev.has_ats else uapi.IOMMU_HW_CAP_PCI_ATS_NOT_SUPPORTED
     cmd.out_max_pasid_log2 = 0
     call.respond(cmd)

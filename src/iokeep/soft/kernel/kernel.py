@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from iokeep.soft.hardware.platform import Platform
     from iokeep.soft.kernel.device import IommufdDevice
     from iokeep.soft.kernel.hwpt import HwptPaging
+    from iokeep.soft.kernel.iommu import Domain, Iommu
     from iokeep.soft.kernel.iommufd import Iommufd
     from iokeep.soft.kernel.syscalls import Result
     from iokeep.soft.kernel.vfio import VfioDeviceFile
-    from iokeep.soft.kernel.vtd import Domain, Vtd
     from iokeep.uapi.wire import Request
 
 #: opens a device node for a process: a new file with one reference. :raises SysError: why not.
@@ -100,7 +100,7 @@ class Kernel:
         self.claimants: list[Callable[[], Iterable[Claim]]] = []
         #: set by reboot_kexec when every hook succeeded: the server ends the process
         self.rebooting = False
-        self._vtd: Vtd | None = None
+        self._iommu: Iommu | None = None
 
     # ---- log
 
@@ -116,27 +116,27 @@ class Kernel:
     # ---- life
 
     @property
-    def vtd(self) -> Vtd:
+    def iommu(self) -> Iommu:
         """The IOMMU driver. :raises UsageError: before boot."""
-        if self._vtd is None:
+        if self._iommu is None:
             raise UsageError("the kernel has not booted yet")
-        return self._vtd
+        return self._iommu
 
     def boot(self) -> None:
         """Bring the kernel up: reserve what was preserved, poison the rest, start the IOMMU driver, then
         modules.
         """
-        from iokeep.soft.kernel.vtd import Vtd
+        from iokeep.soft.kernel.drivers import driver_of
 
         self.log(
             f"iokeep software kernel, profile {self.profile}: {' '.join(self.params.words())}".rstrip(": ")
         )
-        self._vtd = Vtd(self)
+        self._iommu = driver_of(self)
         for hook in self.early_boot_hooks:
             hook(self)
         n = self.frames.poison_free()
         self.log(f"memory: {self.frames.n_frames} frames, {self.frames.n_free} free, {n} of these poisoned")
-        self._vtd.start()
+        self._iommu.start()
         for hook in self.boot_hooks:
             hook(self)
 
@@ -214,8 +214,8 @@ class Kernel:
             yield from file.claims()
         for process in self.processes.values():
             yield from process.claims()
-        if self._vtd is not None:
-            yield from self._vtd.claims()
+        if self._iommu is not None:
+            yield from self._iommu.claims()
         for claimant in self.claimants:
             yield from claimant()
 

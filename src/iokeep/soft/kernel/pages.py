@@ -24,8 +24,8 @@ from iokeep.soft.kernel.syserror import SysError
 
 if TYPE_CHECKING:
     from iokeep.soft.kernel.ioas import Ioas
+    from iokeep.soft.kernel.iommu import Domain
     from iokeep.soft.kernel.kernel import Kernel
-    from iokeep.soft.kernel.vtd import Domain
 
 ULONG_MAX = 2**64 - 1
 

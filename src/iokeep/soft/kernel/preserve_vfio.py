@@ -22,8 +22,8 @@ from iokeep.uapi import vfio as uapi
 if TYPE_CHECKING:
     from iokeep.soft.kernel.device import IommufdDevice
     from iokeep.soft.kernel.freeze import Freeze
+    from iokeep.soft.kernel.iommu import PciDevice
     from iokeep.soft.kernel.kernel import Kernel
-    from iokeep.soft.kernel.vtd import PciDevice
 
 
 @dataclass(slots=True, eq=False)
@@ -110,7 +110,7 @@ class VfioHandler(FileHandler):
             raise SysError(errno.EBUSY, "the device came over the kexec: retrieve it from its session")
 
         for index in self.priors.devices:
-            path = node_path(self.kernel.vtd.devices[index])
+            path = node_path(self.kernel.iommu.devices[index])
             self._nodes[index] = self.kernel.device_nodes[path]
             self.kernel.device_nodes[path] = refuse
 
@@ -146,7 +146,7 @@ class VfioHandler(FileHandler):
 
     def _device(self, entry: LuoFile) -> PciDevice:
         bdf = self.incoming[entry.data].bdf
-        return next(dev for dev in self.kernel.vtd.devices if dev.bdf == bdf)
+        return next(dev for dev in self.kernel.iommu.devices if dev.bdf == bdf)
 
     def retrieve(self, session: Session, entry: LuoFile) -> File:
         """A cdev of the device, which goes on working."""

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from iokeep.pt.roots import vtd as codec
-from iokeep.soft.hardware import registers as reg
+from iokeep.soft.hardware.units import vtd as reg
 from iokeep.soft.kernel.frames import FRAME_BYTES, FRAME_SHIFT, I64, TAG_KERNEL, FrameAllocator, Kind
 
 if TYPE_CHECKING:
-    from iokeep.soft.hardware.registers import Registers
+    from iokeep.soft.hardware.units.vtd import Registers
 
 #: seconds after which hardware that does not answer is given up
 TIMEOUT = 10.0

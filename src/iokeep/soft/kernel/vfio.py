@@ -23,9 +23,9 @@ from iokeep.uapi.copy_struct import copy_struct_in
 if TYPE_CHECKING:
     import ctypes
 
+    from iokeep.soft.kernel.iommu import PciDevice
     from iokeep.soft.kernel.kernel import Kernel
     from iokeep.soft.kernel.process import Process
-    from iokeep.soft.kernel.vtd import PciDevice
 
     _Struct = TypeVar("_Struct", bound=ctypes.Structure)
 
@@ -63,7 +63,7 @@ class VfioDeviceFile(File):
             idev.unbind()
             self.idev = None
             self.kernel.vfio_bound.pop(self.dev.index, None)
-        self.kernel.vtd.set_domain(self.dev, None)
+        self.kernel.iommu.set_domain(self.dev, None)
 
     # ---- ioctl
 

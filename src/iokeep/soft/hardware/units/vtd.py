@@ -306,6 +306,13 @@ class Registers:
         #: ``service`` of the front-ends that run in this very process, by index: they answer at once
         self.local_front_ends: dict[int, Callable[[], int]] = {}
 
+    #: the kind of IOMMU, as :func:`iokeep.pt.roots.find.find_root_of` calls it
+    KIND = "vtd"
+
+    def hw(self) -> dict[str, object]:
+        """The registers that lead to the tables, as the ``hw`` part of a capture has them."""
+        return {"root_register": f"{self.read64(DMAR_RTADDR_REG):#x}"}
+
     def power_on(self) -> None:
         """Reset values of a new platform."""
         self.bank[:] = np.uint64(0)
