@@ -2,6 +2,7 @@
 """SMMUv3 stream table and context descriptors: entries of running kernels, encode and find, damage, noise."""
 
 import dataclasses
+import itertools
 
 import pytest
 from hypothesis import given
@@ -335,3 +336,157 @@ def test_encoders_refuse_what_does_not_fit():
     ):
         with pytest.raises(ValueError):
             call()
+
+
+# -- commands: encoded, and as Linux's arm_smmu_cmdq_build_cmd() puts the fields of arm-smmu-v3.h ----
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (smmu.cfgi_ste(0x18), (0x03 | 0x18 << 32, 0)),
+        (smmu.cfgi_ste(0x18, leaf=True), (0x03 | 0x18 << 32, 1)),
+        (smmu.cfgi_ste_range(0x40, 6), (0x04 | 0x40 << 32, 5)),
+        (smmu.cfgi_all(), (0x04, 31)),
+        (smmu.cfgi_cd(0x18, 3), (0x05 | 3 << 12 | 0x18 << 32, 1)),
+        (smmu.cfgi_cd_all(0x18), (0x06 | 0x18 << 32, 0)),
+        (smmu.tlbi_nh_all(2), (0x10 | 2 << 32, 0)),
+        (smmu.tlbi_nh_asid(5), (0x11 | 5 << 48, 0)),
+        (smmu.tlbi_nh_asid(5, 2), (0x11 | 2 << 32 | 5 << 48, 0)),
+        (smmu.tlbi_nh_va(5, 0xFFFF_F000), (0x12 | 5 << 48, 0xFFFF_F000)),
+        (smmu.tlbi_nh_vaa(0x1000, 2, leaf=True), (0x13 | 2 << 32, 0x1001)),
+        (smmu.tlbi_s12_vmall(7), (0x28 | 7 << 32, 0)),
+        (smmu.tlbi_s2_ipa(7, 0x20_0000), (0x2A | 7 << 32, 0x20_0000)),
+        (smmu.tlbi_nsnh_all(), (0x30, 0)),
+        (smmu.sync(), (0x46 | 2 << 12, 0)),
+        (smmu.sync(smmu.SYNC_NONE), (0x46, 0)),
+        # 3 << 2 granules of 4K, 1 of 16K, 32 << 31 of 64K: NUM, SCALE and TG
+        (
+            smmu.tlbi_nh_va(5, smmu.Range(0x4000, 3, 2, 4096)),
+            (0x12 | 2 << 12 | 2 << 20 | 5 << 48, 0x4000 | 1 << 10),
+        ),
+        (
+            smmu.tlbi_s2_ipa(1, smmu.Range(0x8000, 1, 1, 16384), leaf=True),
+            (0x2A | 1 << 20 | 1 << 32, 0x8001 | 2 << 10),
+        ),
+        (smmu.tlbi_nh_vaa(smmu.Range(0, 32, 31, 65536)), (0x13 | 31 << 12 | 31 << 20, 3 << 10)),
+    ],
+)
+def test_commands_as_linux_builds_them(words, expected):
+    assert words == expected
+    assert smmu.decode_command(words) is not None
+
+
+IDS = st.integers(0, 0xFFFF)
+
+
+@given(IDS, IDS, st.integers(0, 2**32 - 1), st.integers(0, 2**20 - 1), st.integers(1, 32), st.booleans())
+def test_commands_encode_decode(asid, vmid, sid, ssid, lg2, leaf):
+    Op, Command, decode = smmu.Op, smmu.Command, smmu.decode_command
+    assert decode(smmu.cfgi_ste(sid, leaf=leaf)) == Command(op=Op.CFGI_STE, sid=sid, leaf=leaf)
+    block = decode(smmu.cfgi_ste_range(sid, lg2))
+    assert block == Command(op=Op.CFGI_STE_RANGE, sid=sid >> lg2 << lg2, sid_lg2=lg2)
+    assert block.sid <= sid < block.sid + (1 << lg2)
+    assert decode(smmu.cfgi_cd(sid, ssid, leaf=leaf)) == Command(op=Op.CFGI_CD, sid=sid, ssid=ssid, leaf=leaf)
+    assert decode(smmu.cfgi_cd_all(sid)) == Command(op=Op.CFGI_CD_ALL, sid=sid)
+    assert decode(smmu.tlbi_nh_all(vmid)) == Command(op=Op.TLBI_NH_ALL, vmid=vmid)
+    assert decode(smmu.tlbi_nh_asid(asid, vmid)) == Command(op=Op.TLBI_NH_ASID, asid=asid, vmid=vmid)
+    assert decode(smmu.tlbi_s12_vmall(vmid)) == Command(op=Op.TLBI_S12_VMALL, vmid=vmid)
+    iova = sid << 12
+    page = {"start": iova, "last": iova + 0xFFF, "leaf": leaf, "vmid": vmid}
+    assert decode(smmu.tlbi_nh_va(asid, iova, vmid, leaf=leaf)) == Command(
+        op=Op.TLBI_NH_VA, asid=asid, **page
+    )
+    assert decode(smmu.tlbi_nh_vaa(iova, vmid, leaf=leaf)) == Command(op=Op.TLBI_NH_VAA, **page)
+    assert decode(smmu.tlbi_s2_ipa(vmid, iova, leaf=leaf)) == Command(op=Op.TLBI_S2_IPA, **page)
+
+
+@given(GRANULES, st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
+def test_ranges_cover_what_was_asked(granule, a, b):
+    start, last = sorted((a, b))
+    found = [smmu.decode_command(smmu.tlbi_nh_va(1, r)) for r in smmu.ranges_of(start, last, granule)]
+    assert len(found) <= 11 + (last - start) // (granule << 36)
+    assert found[0].start == start // granule * granule
+    for before, after in itertools.pairwise(found):
+        assert before.last + 1 == after.start
+    # one granule more where a lone one would be a reserved command
+    assert last <= found[-1].last <= last + 2 * granule
+
+
+@given(st.binary(min_size=16, max_size=16))
+def test_any_command_decodes_or_is_illegal(raw):
+    words = [int.from_bytes(raw[i : i + 8], "little") for i in (0, 8)]
+    for op in range(256):
+        got = smmu.decode_command((words[0] & ~0xFF | op, words[1]))
+        assert got is None or (got.op == op and 0 <= got.start <= got.last < 1 << 64)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (0, 0),
+        (0x20, 0),  # TLBI_EL2_ALL: IDR0.HYP = 0
+        (0x40, 0),  # ATC_INV: IDR0.ATS = 0
+        (0x41, 0),
+        (0x44, 0),  # RESUME: no stall
+        (0x03 | 1 << 10, 0),  # SSec
+        (0x03, 2),
+        (0x10 | 1 << 48, 0),
+        (0x46 | 3 << 12, 0),
+        (0x12, 0x1000 | 1 << 10),  # a range of NUM 0, SCALE 0, TTL 0
+        (0x2A, 1 << 52),
+    ],
+)
+def test_illegal_commands(words):
+    assert smmu.decode_command(words) is None
+
+
+# -- event records ----
+def test_events_as_linux_reads_them():
+    event = smmu.Event(
+        code=FaultReason.F_TRANSLATION, sid=0x18, iova=0x1234, read=True, cls=smmu.CLASS_IN, stag=5
+    )
+    assert smmu.event_words(event) == (0x10 | 0x18 << 32, 5 | 1 << 35 | 2 << 40, 0x1234, 0)
+    event = smmu.Event(
+        code=FaultReason.F_PERMISSION, sid=0x20, ssid=3, iova=0x1234, ipa=0x1000, stage2=True, stall=True
+    )
+    expected = (0x13 | 1 << 11 | 3 << 12 | 0x20 << 32, 1 << 31 | 1 << 39, 0x1234, 0x1000)
+    assert smmu.event_words(event) == expected
+    event = smmu.Event(code=FaultReason.F_STE_FETCH, sid=0x18, fetch_pa=0x4000)
+    assert smmu.event_words(event) == (0x03 | 0x18 << 32, 0, 0, 0x4000)
+
+
+@st.composite
+def events(draw):
+    code = draw(st.sampled_from(FaultReason))
+    fields = {"code": code, "sid": draw(st.integers(0, 2**32 - 1))}
+    fields["ssid"] = draw(st.none() | st.integers(0, 2**20 - 1))
+    if code >= FaultReason.F_WALK_EABT:
+        for name in ("stall", "privileged", "instruction", "read", "stage2"):
+            fields[name] = draw(st.booleans())
+        fields["stag"], fields["cls"] = draw(IDS), draw(st.integers(0, 3))
+        fields["iova"] = draw(st.integers(0, 2**64 - 1))
+        if code != FaultReason.F_WALK_EABT:
+            fields["ipa"] = draw(st.integers(0, 2**40 - 1)) << 12
+    if code in (FaultReason.F_STE_FETCH, FaultReason.F_CD_FETCH, FaultReason.F_WALK_EABT):
+        fields["fetch_pa"] = draw(st.integers(0, 2**49 - 1)) << 3
+    return smmu.Event(**fields)
+
+
+@given(events())
+def test_events_encode_decode(event):
+    assert smmu.decode_event(smmu.event_words(event)) == event
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"code": FaultReason.C_BAD_STE, "iova": 1},
+        {"code": FaultReason.C_BAD_STE, "fetch_pa": 8},
+        {"code": FaultReason.F_WALK_EABT, "fetch_pa": 8, "ipa": 0x1000},
+        {"code": FaultReason.F_TRANSLATION, "ssid": 1 << 20},
+        {"code": FaultReason.F_TRANSLATION, "ipa": 8},
+    ],
+)
+def test_events_refuse_what_does_not_fit(fields):
+    with pytest.raises(ValueError):
+        smmu.event_words(smmu.Event(sid=1, **fields))
+    assert smmu.decode_event((0x24, 0, 0, 0)) is None  # E_PAGE_REQUEST

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SMMUv3: the way from the stream table base register to a page table.
+"""SMMUv3: the way from the stream table base register to a page table; commands and event records.
 
 Source: Arm System Memory Management Unit Architecture Specification, SMMU architecture version 3 (IHI 0070,
-"the specification" below): stream table (5.2 for its entry), context descriptors, registers, event records.
-Checked against Linux drivers/iommu/arm/arm-smmu-v3/arm-smmu-v3.h (field positions), QEMU hw/arm/smmuv3.c
-(what makes an entry bad), and captures of running kernels (the values that Linux writes).
+"the specification" below): stream table (5.2 for its entry), context descriptors, registers, commands
+(chapter 4), event records (7.3). Checked against Linux drivers/iommu/arm/arm-smmu-v3/arm-smmu-v3.h (field
+positions), QEMU hw/arm/smmuv3.c (what makes an entry bad), and captures of running kernels (the values that
+Linux writes).
 
 Entries are plain ints, one per 64-bit word, lowest word first. Little-endian AArch64 tables of the
 Non-secure world; AArch32, 128-bit descriptors, and 52-bit addresses with 4K and 16K granules are refused.
@@ -12,7 +13,8 @@ Non-secure world; AArch32, 128-bit descriptors, and 52-bit addresses with 4K and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import enum
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from iokeep.mem.memory import Memory
@@ -106,6 +108,11 @@ class FaultReason(base.FaultCode):
     C_BAD_SUBSTREAMID = 0x08, "the substream id is beyond the context descriptors"
     F_CD_FETCH = 0x09, "a context descriptor is not in memory"
     C_BAD_CD = 0x0A, "the context descriptor is programmed wrongly"
+    F_WALK_EABT = 0x0B, "a table of the walk is not in memory"
+    F_TRANSLATION = 0x10, "the request has no translation"
+    F_ADDR_SIZE = 0x11, "an address is beyond the output size"
+    F_ACCESS = 0x12, "the access flag of the leaf is 0"
+    F_PERMISSION = 0x13, "the leaf does not permit the request"
 
 
 class RootFault(base.RootFault):
@@ -496,3 +503,350 @@ def _numbers(root: TableRoot) -> Mapping[str, int]:
     if numbers.get("granule") not in _TG0_OF or numbers.get("output_bits") not in _PS_OF_BITS:
         raise ValueError(f"a granule or output size that the SMMU does not have: {dict(root.config)}")
     return numbers
+
+
+# -- commands, specification chapter 4: two words ----------------------------------------------------------
+Words2 = tuple[int, int]
+COMMAND_BYTES = 16
+
+
+class Op(enum.IntEnum):
+    """Opcodes of the Non-secure queue; those that an SMMU without EL2, ATS, PRI and stall takes."""
+
+    PREFETCH_CONFIG = 0x01
+    PREFETCH_ADDR = 0x02
+    CFGI_STE = 0x03
+    #: CFGI_ALL with a Range of 31
+    CFGI_STE_RANGE = 0x04
+    CFGI_CD = 0x05
+    CFGI_CD_ALL = 0x06
+    TLBI_NH_ALL = 0x10
+    TLBI_NH_ASID = 0x11
+    TLBI_NH_VA = 0x12
+    TLBI_NH_VAA = 0x13
+    TLBI_S12_VMALL = 0x28
+    TLBI_S2_IPA = 0x2A
+    TLBI_NSNH_ALL = 0x30
+    SYNC = 0x46
+
+
+CMD_OP = bits(7, 0)
+CMD_SSV = 1 << 11
+CMD_SSID_SHIFT, CMD_SSID = 12, bits(31, 12)
+CMD_SID_SHIFT, CMD_SID = 32, bits(63, 32)
+CMD_LEAF = 1 << 0
+CFGI_RANGE = bits(4, 0)
+CFGI_RANGE_ALL = 31
+TLBI_NUM_SHIFT, TLBI_NUM = 12, bits(16, 12)
+TLBI_SCALE_SHIFT, TLBI_SCALE = 20, bits(24, 20)
+TLBI_VMID_SHIFT, TLBI_VMID = 32, bits(47, 32)
+TLBI_ASID_SHIFT, TLBI_ASID = 48, bits(63, 48)
+TLBI_TTL_SHIFT, TLBI_TTL = 8, bits(9, 8)
+TLBI_TG_SHIFT, TLBI_TG = 10, bits(11, 10)
+TLBI_VA, TLBI_IPA = bits(63, 12), bits(51, 12)
+#: most chunks of 2**SCALE granules that NUM can say
+RANGE_MAX = 32
+SCALE_MAX = 31
+PREFETCH_SIZE = bits(4, 0)
+SYNC_CS_SHIFT, SYNC_CS = 12, bits(13, 12)
+SYNC_NONE, SYNC_IRQ, SYNC_SEV = 0, 1, 2
+#: MSH, MSIAttr, MSIData and MSIAddress of SYNC_IRQ; with another CS they are ignored
+SYNC_MSI = (bits(23, 22) | bits(27, 24) | bits(63, 32), bits(51, 2))
+_RIL = (TLBI_NUM | TLBI_SCALE, TLBI_TTL | TLBI_TG)
+#: the fields of each command; every other bit is RES0
+_FIELDS = {
+    Op.PREFETCH_CONFIG: (CMD_SSV | CMD_SSID | CMD_SID, 0),
+    Op.PREFETCH_ADDR: (CMD_SSV | CMD_SSID | CMD_SID | _RIL[0], bits(63, 12) | _RIL[1] | PREFETCH_SIZE),
+    Op.CFGI_STE: (CMD_SID, CMD_LEAF),
+    Op.CFGI_STE_RANGE: (CMD_SID, CFGI_RANGE),
+    Op.CFGI_CD: (CMD_SSID | CMD_SID, CMD_LEAF),
+    Op.CFGI_CD_ALL: (CMD_SID, 0),
+    Op.TLBI_NH_ALL: (TLBI_VMID, 0),
+    Op.TLBI_NH_ASID: (TLBI_VMID | TLBI_ASID, 0),
+    Op.TLBI_NH_VA: (TLBI_VMID | TLBI_ASID | _RIL[0], TLBI_VA | CMD_LEAF | _RIL[1]),
+    Op.TLBI_NH_VAA: (TLBI_VMID | _RIL[0], TLBI_VA | CMD_LEAF | _RIL[1]),
+    Op.TLBI_S12_VMALL: (TLBI_VMID, 0),
+    Op.TLBI_S2_IPA: (TLBI_VMID | _RIL[0], TLBI_IPA | CMD_LEAF | _RIL[1]),
+    Op.TLBI_NSNH_ALL: (0, 0),
+    Op.SYNC: (SYNC_CS | SYNC_MSI[0], SYNC_MSI[1]),
+}
+_BY_ADDRESS = (Op.TLBI_NH_VA, Op.TLBI_NH_VAA, Op.TLBI_S2_IPA)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """A decoded command; each field holds what the command of this ``op`` says.
+
+    :param sid: of CFGI_STE_RANGE the lowest of 2**sid_lg2 stream ids. :param start: of the invalidated
+        range, iova or ipa, closed; everything where the command has no address.
+    :param leaf: what led to the last level stays valid. :param ttl: Arm's level + 1 ... of the leaf, 0:
+        unknown. :param cs: completion signal of SYNC.
+    """
+
+    op: Op
+    sid: int = 0
+    sid_lg2: int = 0
+    ssid: int = 0
+    vmid: int = 0
+    asid: int = 0
+    start: int = 0
+    last: int = (1 << 64) - 1
+    leaf: bool = False
+    ttl: int = 0
+    cs: int = SYNC_NONE
+
+
+def decode_command(words: Sequence[int]) -> Command | None:
+    """Decode the two words of a command; None where hardware reports CERROR_ILL (specification 4.1.3, 7.1).
+
+    A reserved bit is an illegal command: the specification leaves it to the implementation. The fields of
+    range invalidation exist (IDR3.RIL).
+    """
+    w0, w1 = words
+    try:
+        op = Op(w0 & CMD_OP)
+    except ValueError:
+        return None
+    fields = _FIELDS[op]
+    if w0 & ~(fields[0] | CMD_OP) or w1 & ~fields[1]:
+        return None
+    if op == Op.SYNC:
+        cs = (w0 & SYNC_CS) >> SYNC_CS_SHIFT
+        return None if cs > SYNC_SEV else Command(op=op, cs=cs)
+    if op < Op.TLBI_NH_ALL:
+        sid = w0 >> CMD_SID_SHIFT
+        ssid = (w0 & fields[0] & CMD_SSID) >> CMD_SSID_SHIFT
+        if op == Op.CFGI_STE_RANGE:
+            lg2 = (w1 & CFGI_RANGE) + 1
+            return Command(op=op, sid=sid >> lg2 << lg2, sid_lg2=lg2)
+        return Command(op=op, sid=sid, ssid=ssid, leaf=bool(w1 & fields[1] & CMD_LEAF))
+    vmid = (w0 & fields[0] & TLBI_VMID) >> TLBI_VMID_SHIFT
+    asid = (w0 & fields[0] & TLBI_ASID) >> TLBI_ASID_SHIFT
+    if op not in _BY_ADDRESS:
+        return Command(op=op, vmid=vmid, asid=asid)
+    start, size = w1 & TLBI_VA, 4096
+    tg, ttl = (w1 & TLBI_TG) >> TLBI_TG_SHIFT, (w1 & TLBI_TTL) >> TLBI_TTL_SHIFT
+    if tg:
+        num, scale = (w0 & TLBI_NUM) >> TLBI_NUM_SHIFT, (w0 & TLBI_SCALE) >> TLBI_SCALE_SHIFT
+        if not num and not scale and not ttl:
+            return None  # reserved (specification 4.4.1.1)
+        granule = 2 * tg + 10
+        start, size = start >> granule << granule, (num + 1) << scale << granule
+    last = min(start + size, 1 << 64) - 1
+    return Command(
+        op=op, vmid=vmid, asid=asid, start=start, last=last, leaf=bool(w1 & CMD_LEAF), ttl=ttl if tg else 0
+    )
+
+
+def cfgi_ste(sid: int, *, leaf: bool = False) -> Words2:
+    """CMD_CFGI_STE: forget the entry of a stream; unless ``leaf`` the level 1 descriptor too (4.3.1)."""
+    return Op.CFGI_STE | number_field("stream id", sid, 32) << CMD_SID_SHIFT, int(leaf)
+
+
+def cfgi_ste_range(sid: int, lg2: int) -> Words2:
+    """CMD_CFGI_STE_RANGE: forget the entries of the 2**lg2 (lg2: 1 ... 32) streams around ``sid`` (4.3.2)."""
+    word = Op.CFGI_STE_RANGE | number_field("stream id", sid, 32) << CMD_SID_SHIFT
+    return word, number_field("Range", lg2 - 1, 5)
+
+
+def cfgi_all() -> Words2:
+    """CMD_CFGI_ALL: forget every stream table entry and context descriptor (4.3.3)."""
+    return cfgi_ste_range(0, CFGI_RANGE_ALL + 1)
+
+
+def cfgi_cd(sid: int, ssid: int = 0, *, leaf: bool = True) -> Words2:
+    """CMD_CFGI_CD: forget a context descriptor; unless ``leaf`` its level 1 descriptor too (4.3.4)."""
+    word = Op.CFGI_CD | number_field("stream id", sid, 32) << CMD_SID_SHIFT
+    return word | number_field("substream id", ssid, 20) << CMD_SSID_SHIFT, int(leaf)
+
+
+def cfgi_cd_all(sid: int) -> Words2:
+    """CMD_CFGI_CD_ALL: forget all context descriptors of a stream (4.3.5)."""
+    return Op.CFGI_CD_ALL | number_field("stream id", sid, 32) << CMD_SID_SHIFT, 0
+
+
+def _vmid(op: Op, vmid: int) -> int:
+    return op | number_field("VMID", vmid, 16) << TLBI_VMID_SHIFT
+
+
+def tlbi_nh_all(vmid: int = 0) -> Words2:
+    """CMD_TLBI_NH_ALL: stage 1 of a VMID (4.4.2)."""
+    return _vmid(Op.TLBI_NH_ALL, vmid), 0
+
+
+def tlbi_nh_asid(asid: int, vmid: int = 0) -> Words2:
+    """CMD_TLBI_NH_ASID: stage 1 of an ASID (4.4.2)."""
+    return _vmid(Op.TLBI_NH_ASID, vmid) | number_field("ASID", asid, 16) << TLBI_ASID_SHIFT, 0
+
+
+def tlbi_s12_vmall(vmid: int) -> Words2:
+    """CMD_TLBI_S12_VMALL: both stages of a VMID (4.4.3)."""
+    return _vmid(Op.TLBI_S12_VMALL, vmid), 0
+
+
+def tlbi_nsnh_all() -> Words2:
+    """CMD_TLBI_NSNH_ALL: everything of the Non-secure world but EL2 (4.4.4)."""
+    return Op.TLBI_NSNH_ALL, 0
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """``num`` (1 ... 32) chunks of 2**scale granules from ``start`` on: IDR3.RIL, 4.4.1.1."""
+
+    start: int
+    num: int
+    scale: int
+    granule: int
+
+
+def ranges_of(start: int, last: int, granule: int) -> list[Range]:
+    """The closed range as ranges of which a command can name one each, as Linux does it
+    (``__arm_smmu_tlb_inv_range()``): five bits of the number of granules at a time, lowest first.
+    """
+    lg2 = granule.bit_length() - 1
+    start, pages = start >> lg2 << lg2, (last >> lg2) - (start >> lg2) + 1
+    found = []
+    # A single chunk of one granule without a level is reserved.
+    if pages & (RANGE_MAX - 1) == 1:
+        pages += 1
+    while pages:
+        scale = min((pages & -pages).bit_length() - 1, SCALE_MAX)
+        num = pages >> scale & (RANGE_MAX - 1) or RANGE_MAX
+        found.append(Range(start, num, scale, granule))
+        start += num << scale << lg2
+        pages -= num << scale
+    return [r for r in found if r.start < 1 << 64]
+
+
+def _by_address(op: Op, at: int | Range, mask: int, leaf: bool) -> Words2:
+    if not isinstance(at, Range):
+        return op, pa_field("iova", at, mask) | int(leaf)
+    tg = (at.granule.bit_length() - 11) // 2
+    word = op | number_field("NUM", at.num - 1, 5) << TLBI_NUM_SHIFT
+    word |= number_field("SCALE", at.scale, 5) << TLBI_SCALE_SHIFT
+    return word, pa_field("iova", at.start, mask) | tg << TLBI_TG_SHIFT | int(leaf)
+
+
+def tlbi_nh_va(asid: int, at: int | Range, vmid: int = 0, *, leaf: bool = False) -> Words2:
+    """CMD_TLBI_NH_VA: the page at an iova, or a range, of stage 1 of an ASID (4.4.2)."""
+    w0, w1 = _by_address(Op.TLBI_NH_VA, at, TLBI_VA, leaf)
+    return w0 | _vmid(Op.TLBI_NH_VA, vmid) | number_field("ASID", asid, 16) << TLBI_ASID_SHIFT, w1
+
+
+def tlbi_nh_vaa(at: int | Range, vmid: int = 0, *, leaf: bool = False) -> Words2:
+    """CMD_TLBI_NH_VAA: as :func:`tlbi_nh_va`, of every ASID (4.4.2)."""
+    w0, w1 = _by_address(Op.TLBI_NH_VAA, at, TLBI_VA, leaf)
+    return w0 | _vmid(Op.TLBI_NH_VAA, vmid), w1
+
+
+def tlbi_s2_ipa(vmid: int, at: int | Range, *, leaf: bool = False) -> Words2:
+    """CMD_TLBI_S2_IPA: the page at an ipa, or a range, of stage 2 of a VMID (4.4.3)."""
+    w0, w1 = _by_address(Op.TLBI_S2_IPA, at, TLBI_IPA, leaf)
+    return w0 | _vmid(Op.TLBI_S2_IPA, vmid), w1
+
+
+def sync(cs: int = SYNC_SEV) -> Words2:
+    """CMD_SYNC: consumed when everything before it is done (4.7.3); Linux waits with SEV for CONS."""
+    return Op.SYNC | number_field("CS", cs, 2) << SYNC_CS_SHIFT, 0
+
+
+# -- event records, specification 7.3: four words ----------------------------------------------------------
+Words4 = tuple[int, int, int, int]
+EVENT_BYTES = 32
+EVT_ID = bits(7, 0)
+EVT_SSV = 1 << 11
+EVT_SSID_SHIFT, EVT_SID_SHIFT = 12, 32
+EVT_STAG = bits(15, 0)
+EVT_STALL = 1 << 31
+EVT_PNU, EVT_IND, EVT_RNW, EVT_S2 = 1 << 33, 1 << 34, 1 << 35, 1 << 39
+EVT_CLASS_SHIFT = 40
+#: what was being translated: a context descriptor, a table item, the input of the request
+CLASS_CD, CLASS_TT, CLASS_IN = 0, 1, 2
+EVT_IPA = bits(51, 12)
+EVT_FETCH = bits(51, 3)
+_REASONS = {int(reason): reason for reason in FaultReason}
+#: events of a walk: they say request, stage and class
+_OF_WALK = frozenset(
+    {
+        FaultReason.F_WALK_EABT,
+        FaultReason.F_TRANSLATION,
+        FaultReason.F_ADDR_SIZE,
+        FaultReason.F_ACCESS,
+        FaultReason.F_PERMISSION,
+    }
+)
+_OF_FETCH = frozenset({FaultReason.F_STE_FETCH, FaultReason.F_CD_FETCH, FaultReason.F_WALK_EABT})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """An event record.
+
+    :param ssid: None: the request had none. :param read: RnW. :param stage2: the fault is of stage 2.
+    :param cls: CLASS_*. :param iova: InputAddr. :param ipa: of a stage 2 fault (whole 4096 bytes).
+    :param fetch_pa: what could not be read, of F_STE_FETCH, F_CD_FETCH and F_WALK_EABT (8-byte aligned).
+    """
+
+    code: FaultReason
+    sid: int
+    ssid: int | None = None
+    stag: int = 0
+    stall: bool = False
+    privileged: bool = False
+    instruction: bool = False
+    read: bool = False
+    stage2: bool = False
+    cls: int = CLASS_CD
+    iova: int = 0
+    ipa: int = 0
+    fetch_pa: int = 0
+
+
+def event_words(event: Event) -> Words4:
+    """The record as the event queue has it. :raises ValueError: a field that this event does not have."""
+    w0 = event.code | number_field("stream id", event.sid, 32) << EVT_SID_SHIFT
+    if event.ssid is not None:
+        w0 |= EVT_SSV | number_field("substream id", event.ssid, 20) << EVT_SSID_SHIFT
+    flags = (
+        (event.stall, EVT_STALL),
+        (event.privileged, EVT_PNU),
+        (event.instruction, EVT_IND),
+        (event.read, EVT_RNW),
+        (event.stage2, EVT_S2),
+    )
+    w1 = number_field("STAG", event.stag, 16) | number_field("CLASS", event.cls, 2) << EVT_CLASS_SHIFT
+    w1 |= sum(bit for on, bit in flags if on)
+    w2 = number_field("iova", event.iova, 64)
+    w3 = pa_field("ipa", event.ipa, EVT_IPA) | pa_field("fetch", event.fetch_pa, EVT_FETCH)
+    if (w1 or w2 or event.ipa) and event.code not in _OF_WALK:
+        raise ValueError(f"{event.code.name} does not say what was requested")
+    if event.fetch_pa and (event.code not in _OF_FETCH or event.ipa):
+        raise ValueError(f"{event.code.name} does not say what was fetched")
+    return w0, w1, w2, w3
+
+
+def decode_event(words: Sequence[int]) -> Event | None:
+    """The record; None: an event that this model does not make."""
+    w0, w1, w2, w3 = words
+    code = _REASONS.get(w0 & EVT_ID)
+    if code is None:
+        return None
+    sid, ssid = w0 >> EVT_SID_SHIFT, w0 >> EVT_SSID_SHIFT & 0xFFFFF if w0 & EVT_SSV else None
+    fetch_pa = w3 & EVT_FETCH if code in _OF_FETCH else 0
+    if code not in _OF_WALK:
+        return Event(code=code, sid=sid, ssid=ssid, fetch_pa=fetch_pa)
+    return Event(
+        code=code,
+        sid=sid,
+        ssid=ssid,
+        stag=w1 & EVT_STAG,
+        stall=bool(w1 & EVT_STALL),
+        privileged=bool(w1 & EVT_PNU),
+        instruction=bool(w1 & EVT_IND),
+        read=bool(w1 & EVT_RNW),
+        stage2=bool(w1 & EVT_S2),
+        cls=w1 >> EVT_CLASS_SHIFT & 3,
+        iova=w2,
+        ipa=0 if code in _OF_FETCH else w3 & EVT_IPA,
+        fetch_pa=fetch_pa,
+    )
