@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AMD-Vi: the way from the device table base register to a page table.
+"""AMD-Vi: the way from the device table base register to a page table; commands and events.
 
-Source: AMD I/O Virtualization Technology (IOMMU) specification (48882, "the specification" below), device
-table entry and guest CR3 table. Checked against Linux drivers/iommu/amd/amd_iommu_types.h (field
-positions), init.c (``iommu_set_device_table()``) and iommu.c (``set_dte_gcr3_table()``,
-``amd_iommu_set_dte_v1()``), against QEMU hw/i386/amd_iommu.{c,h} (reserved bits, the meaning of V and TV),
-and against captures of running kernels.
+Source: AMD I/O Virtualization Technology (IOMMU) specification (48882, "the specification" below): device
+table entry and guest CR3 table (2.2), commands (2.4), event logging (2.5). Checked against Linux
+drivers/iommu/amd/amd_iommu_types.h (field positions), init.c (``iommu_set_device_table()``) and iommu.c
+(``set_dte_gcr3_table()``, ``amd_iommu_set_dte_v1()``, ``build_inv_iommu_pages()``, ``iommu_print_event()``),
+against QEMU hw/i386/amd_iommu.{c,h} (reserved bits, the meaning of V and TV), and against captures of
+running kernels.
 
-Entries are plain ints, one per 64-bit word, lowest word first. All pas are bytes; tables are whole 4096
-bytes.
+Entries, commands and events are plain ints, one per 64-bit word, lowest word first. All pas are bytes;
+tables are whole 4096 bytes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 
 from iokeep.mem.memory import Memory
 from iokeep.pt.roots import base
@@ -74,7 +76,9 @@ class FaultReason(base.FaultCode):
     ILLEGAL_DEV_TABLE_ENTRY = 0x1, "the device table entry is programmed wrongly"
     IO_PAGE_FAULT = 0x2, "the request has no translation"
     DEV_TAB_HARDWARE_ERROR = 0x3, "the device table is not in memory"
-    PAGE_TAB_HARDWARE_ERROR = 0x4, "the guest CR3 table is not in memory"
+    PAGE_TAB_HARDWARE_ERROR = 0x4, "a table below the device table entry is not in memory"
+    ILLEGAL_COMMAND_ERROR = 0x5, "the command is unknown, or a reserved bit of it is set"
+    COMMAND_HARDWARE_ERROR = 0x6, "the command buffer, or where a command stores, is not in memory"
 
 
 class RootFault(base.RootFault):
@@ -223,8 +227,8 @@ def device_table_register(table_pa: int, length: int) -> int:
 
 
 def dte_blocked() -> Dte:
-    """Entry that lets nothing through: V and TV, neither IR nor IW."""
-    return V | TV, 0, 0, 0
+    """Entry that lets nothing through: V alone, as Linux clears one (``amd_iommu_make_clear_dte()``)."""
+    return V, 0, 0, 0
 
 
 def dte_pass_through(domain_id: int) -> Dte:
@@ -272,3 +276,217 @@ def dte_guest(
 def gcr3_entry(pa: int) -> int:
     """Entry of a guest CR3 table: the next level, or the root of a guest page table."""
     return pa_field("guest CR3", pa, PA_MASK) | GCR3_VALID
+
+
+# -- commands (specification 2.4), 128 bits ---------------------------------------------------------------
+Command = tuple[int, int]
+COMMAND_BYTES = 16
+OPCODE_SHIFT = 60
+_WORD = bits(63, 0)
+
+
+class Opcode(IntEnum):
+    """Commands of an IOMMU without guest translation, PPR log and device IOTLBs (Linux CMD_*)."""
+
+    COMPLETION_WAIT = 0x1
+    INVALIDATE_DEVTAB_ENTRY = 0x2
+    INVALIDATE_IOMMU_PAGES = 0x3
+    INVALIDATE_INTERRUPT_TABLE = 0x5
+    INVALIDATE_IOMMU_ALL = 0x8
+
+
+WAIT_STORE = 1 << 0  # S: the second word is stored
+WAIT_INTERRUPT = 1 << 1
+WAIT_FLUSH = 1 << 2  # F: later commands wait for this one
+WAIT_PA_MASK = bits(51, 3)
+DEVICE_MASK = bits(15, 0)
+PAGES_DOMAIN_SHIFT = 32
+PAGES_SIZE = 1 << 0  # S: the address says a size
+PAGES_PDE = 1 << 1  # items that point to tables are forgotten too
+PAGES_GN = 1 << 2  # guest translations
+PAGES_IOVA_MASK = bits(63, 12)
+#: reserved bits of the two words; PASID and GN belong to guest translation
+_COMMAND_RESERVED = {
+    Opcode.COMPLETION_WAIT: (bits(59, 52), 0),
+    Opcode.INVALIDATE_DEVTAB_ENTRY: (bits(59, 16), _WORD),
+    Opcode.INVALIDATE_IOMMU_PAGES: (bits(31, 0) | bits(59, 48), bits(11, 3) | PAGES_GN),
+    Opcode.INVALIDATE_INTERRUPT_TABLE: (bits(59, 16), _WORD),
+    Opcode.INVALIDATE_IOMMU_ALL: (bits(59, 0), _WORD),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Invalidation:
+    """A decoded command.
+
+    ``device_id``, ``domain_id``, ``start`` and ``last`` (iova, closed) hold what that command says.
+    ``store_pa``: None if nothing is stored; ``store_data`` is 64 bits.
+    """
+
+    opcode: Opcode
+    device_id: int = 0
+    domain_id: int = 0
+    start: int = 0
+    last: int = _WORD
+    store_pa: int | None = None
+    store_data: int = 0
+
+
+def completion_wait(store_pa: int, data: int) -> Command:
+    """COMPLETION_WAIT that stores the u64 ``data`` at the 8-byte aligned ``store_pa`` (2.4.1)."""
+    word = Opcode.COMPLETION_WAIT << OPCODE_SHIFT | WAIT_STORE
+    return word | pa_field("completion store", store_pa, WAIT_PA_MASK), number_field("data", data, 64)
+
+
+def invalidate_devtab_entry(device_id: int) -> Command:
+    """INVALIDATE_DEVTAB_ENTRY (2.4.2): the device table entry of one requester."""
+    return Opcode.INVALIDATE_DEVTAB_ENTRY << OPCODE_SHIFT | number_field("device id", device_id, 16), 0
+
+
+def invalidate_iommu_pages(domain_id: int, start: int = 0, last: int = _WORD) -> Command:
+    """INVALIDATE_IOMMU_PAGES (2.4.3): translations of a domain, all levels of its tables (PDE = 1).
+
+    :param start: ... ``last``: the closed range of iovas; what is forgotten is the smallest range that an
+        address can say, :func:`pages_range` of the second word, as Linux' ``build_inv_address()`` makes it.
+    """
+    word = Opcode.INVALIDATE_IOMMU_PAGES << OPCODE_SHIFT
+    word |= number_field("domain id", domain_id, 16) << PAGES_DOMAIN_SHIFT
+    return word, _pages_address(start, last) | PAGES_PDE
+
+
+def invalidate_iommu_all() -> Command:
+    """INVALIDATE_IOMMU_ALL (2.4.8): everything cached; an IOMMU with EFR.IASup has it."""
+    return Opcode.INVALIDATE_IOMMU_ALL << OPCODE_SHIFT, 0
+
+
+def _pages_address(start: int, last: int) -> int:
+    if not 0 <= start <= last <= _WORD:
+        raise ValueError(f"[{start:#x}, {last:#x}] is no range of iovas")
+    top = ((start ^ last) >> 12).bit_length() + 11  # the highest bit that changes within the range
+    if top < 12:
+        return start & PAGES_IOVA_MASK
+    if top > 51:
+        # Bits 63:52 are those of a sign extension: everything.
+        return _WORD >> 1 & PAGES_IOVA_MASK | PAGES_SIZE
+    return (start | bits(top - 1, 0)) & PAGES_IOVA_MASK | PAGES_SIZE
+
+
+def pages_range(word: int) -> tuple[int, int]:
+    """The closed range of iovas that the second word of INVALIDATE_IOMMU_PAGES means (2.4.3).
+
+    Without S it is one page. With S the lowest 0 of the address from bit 12 on is the highest bit of an
+    offset into the range; where there is none, the range is everything.
+    """
+    start = word & PAGES_IOVA_MASK
+    if not word & PAGES_SIZE:
+        return start, start | bits(11, 0)
+    ones = start >> 12
+    lowest = 12 + (~ones & ones + 1).bit_length() - 1
+    mask = bits(min(lowest, 63), 0)
+    return start & ~mask, start & ~mask | mask
+
+
+def decode_command(words: tuple[int, ...]) -> Invalidation | None:
+    """Decode a command of two words; None where hardware logs ILLEGAL_COMMAND_ERROR."""
+    low, high = words
+    try:
+        opcode = Opcode(low >> OPCODE_SHIFT)
+    except ValueError:
+        return None
+    reserved = _COMMAND_RESERVED[opcode]
+    if low & reserved[0] or high & reserved[1]:
+        return None
+    if opcode == Opcode.COMPLETION_WAIT:
+        if not low & WAIT_STORE:
+            return Invalidation(opcode)
+        return Invalidation(opcode, store_pa=low & WAIT_PA_MASK, store_data=high)
+    if opcode == Opcode.INVALIDATE_IOMMU_PAGES:
+        start, last = pages_range(high)
+        domain = low >> PAGES_DOMAIN_SHIFT & DOMAIN_MASK
+        return Invalidation(opcode, domain_id=domain, start=start, last=last)
+    return Invalidation(opcode, device_id=low & DEVICE_MASK)
+
+
+# -- event log entries (specification 2.5), 128 bits -------------------------------------------------------
+EVENT_BYTES = 16
+EVENT_DOMAIN_SHIFT = 32
+EVENT_FLAGS_SHIFT = 48
+EVENT_CODE_SHIFT = 60
+# flags, as they lie from EVENT_FLAGS_SHIFT on (Linux EVENT_FLAG_*)
+EVENT_I = 1 << 3  # an interrupt request
+EVENT_PR = 1 << 4  # the page is present
+EVENT_RW = 1 << 5  # a write
+EVENT_PE = 1 << 6  # the permission is missing
+EVENT_RZ = 1 << 7  # a reserved bit is set
+EVENT_TR = 1 << 8  # a translation request
+EVENT_TARGET_ABORT = 2 << 9  # Type of a hardware error
+
+
+@dataclass(frozen=True, slots=True)
+class _EventRule:
+    """Bits of the two words that an event has; 0 elsewhere."""
+
+    flags: int
+    address: int
+    domain: int = 0
+    device: int = DEVICE_MASK
+
+
+_EVENTS = {
+    FaultReason.ILLEGAL_DEV_TABLE_ENTRY: _EventRule(EVENT_I | EVENT_RW | EVENT_RZ | EVENT_TR, bits(63, 2)),
+    FaultReason.IO_PAGE_FAULT: _EventRule(bits(8, 3), _WORD, DOMAIN_MASK),
+    FaultReason.DEV_TAB_HARDWARE_ERROR: _EventRule(EVENT_I | EVENT_RW | EVENT_TR | 3 << 9, bits(63, 4)),
+    FaultReason.PAGE_TAB_HARDWARE_ERROR: _EventRule(
+        EVENT_I | EVENT_RW | EVENT_TR | 3 << 9, bits(63, 4), DOMAIN_MASK
+    ),
+    FaultReason.ILLEGAL_COMMAND_ERROR: _EventRule(0, bits(63, 4), device=0),
+    FaultReason.COMMAND_HARDWARE_ERROR: _EventRule(3 << 9, bits(63, 4), device=0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """An entry of the event log.
+
+    :param flags: EVENT_*. :param address: the iova of the request (ILLEGAL_DEV_TABLE_ENTRY, IO_PAGE_FAULT),
+        else the pa that the IOMMU could not use; its low 2 or 4 bits are not logged, except in
+        IO_PAGE_FAULT.
+    """
+
+    code: FaultReason
+    device_id: int = 0
+    domain_id: int = 0
+    flags: int = 0
+    address: int = 0
+
+
+def encode_event(event: Event) -> tuple[int, int]:
+    """The two words of an entry. :raises ValueError: the event has no such field, or a value does not fit."""
+    rule = _EVENTS[event.code]
+    for what, value, mask in (
+        ("device id", event.device_id, rule.device),
+        ("domain id", event.domain_id, rule.domain),
+        ("flags", event.flags, rule.flags),
+        ("address", event.address, _WORD),
+    ):
+        if value & ~mask or value < 0:
+            raise ValueError(f"{event.code.name}: {what} {value:#x} does not fit the field {mask:#x}")
+    low = event.code << EVENT_CODE_SHIFT | event.flags << EVENT_FLAGS_SHIFT
+    return low | event.domain_id << EVENT_DOMAIN_SHIFT | event.device_id, event.address & rule.address
+
+
+def decode_event(words: tuple[int, ...]) -> Event:
+    """An entry of the log. :raises ValueError: an event that an IOMMU without the optional features never
+    logs, or a reserved bit is set.
+    """
+    low, high = words
+    try:
+        code = FaultReason(low >> EVENT_CODE_SHIFT)
+    except ValueError as error:
+        raise ValueError(f"event code {low >> EVENT_CODE_SHIFT:#x} is unknown") from error
+    rule = _EVENTS[code]
+    known = bits(63, 60) | rule.flags << EVENT_FLAGS_SHIFT | rule.domain << EVENT_DOMAIN_SHIFT | rule.device
+    if low & ~known or high & ~rule.address:
+        raise ValueError(f"{code.name}: a reserved bit is set in {low:#x} {high:#x}")
+    flags = low >> EVENT_FLAGS_SHIFT & rule.flags
+    return Event(code, low & rule.device, low >> EVENT_DOMAIN_SHIFT & rule.domain, flags, high)
