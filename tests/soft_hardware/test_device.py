@@ -13,6 +13,7 @@ import pytest
 from iokeep.pt.roots import vtd
 from iokeep.soft.hardware import bar, device
 from iokeep.soft.hardware.bar import RangeRow
+from iokeep.soft.hardware.unit import FE_INVALIDATIONS, FE_ONLINE
 from iokeep.soft.hardware.units import vtd as r
 
 IOVA, PA, PAGES, TAG = 1 << 30, 0x400000, 64, 9
@@ -69,7 +70,7 @@ def test_devices_work_in_parallel_and_wait_for_each_other(machine, started):
     for _ in range(50):
         sequence = m.submit(vtd.inv_piotlb_pasid(m.did))
         until(lambda s=sequence: m.done(s))
-    assert (m.platform.front_ends[:, r.FE_INVALIDATIONS] >= 50).all()
+    assert (m.platform.front_ends[:, FE_INVALIDATIONS] >= 50).all()
     # Unmap: after the wait neither device touches the pages, however fast it is.
     sequence = m.unmap(IOVA, IOVA + (PAGES << 12) - 1)
     until(lambda: m.done(sequence))
@@ -84,7 +85,7 @@ def test_devices_work_in_parallel_and_wait_for_each_other(machine, started):
         p.send_signal(signal.SIGTERM)
         assert p.wait(20) == 0
     assert {bar.read_status(w).state for w in windows} == {bar.STATE_ENDED}
-    assert not m.platform.front_ends[:, r.FE_ONLINE].any()
+    assert not m.platform.front_ends[:, FE_ONLINE].any()
 
 
 def test_a_new_kernel_changes_everything_under_a_working_device(machine, started):
@@ -121,7 +122,7 @@ def test_a_killed_device_can_be_replaced(machine, started):
     m = owned(machine)
     first = started(m)
     w = go(m)
-    until(lambda: m.platform.front_ends[0, r.FE_ONLINE])
+    until(lambda: m.platform.front_ends[0, FE_ONLINE])
     first.kill()
     first.wait()
     sequence = m.submit(vtd.inv_iotlb_global())
@@ -155,7 +156,7 @@ def test_ends_with_its_parent(machine):
     host.wait()
     host.stdout.close()
     until(lambda: bar.read_status(m.platform.bars[0]).state == bar.STATE_ENDED)
-    assert not m.platform.front_ends[0, r.FE_ONLINE]
+    assert not m.platform.front_ends[0, FE_ONLINE]
 
 
 def test_starts_for_nobody(machine):

@@ -96,7 +96,7 @@ def test_walk_equals_the_obvious_walk(kind, items, iova, write):
 
 
 def resolved(ram, rtaddr, bdf):
-    bank = np.zeros(r.BANK_WORDS, np.uint64)
+    bank = np.zeros(512, np.uint64)
     bank[r.HIDDEN_ROOT >> 3] = rtaddr
     unit = np.zeros(engine.UNIT_WORDS, np.uint64)
     unit[engine.C_BDF] = bdf

@@ -12,6 +12,7 @@ from iokeep.pt.roots import vtd
 from iokeep.pt.roots.vtd import FaultReason
 from iokeep.soft.hardware import engine
 from iokeep.soft.hardware.iommu import FrontEnd
+from iokeep.soft.hardware.unit import FE_FAULTS, FE_INVALIDATIONS
 from iokeep.soft.hardware.units import vtd as r
 
 MODES = ("legacy", "scalable-ss", "scalable-fs")
@@ -75,7 +76,7 @@ def test_fault_record_and_overflow(machine):
     fe.translate(0x1000, False)
     assert m.regs.read32(r.DMAR_FSTS_REG) & r.DMA_FSTS_PFO
     assert m.regs.fault_record(1)[0] == 0x7654000  # the first stays
-    assert m.platform.front_ends[1, r.FE_FAULTS] == 2
+    assert m.platform.front_ends[1, FE_FAULTS] == 2
     m.regs.write64(r.DMAR_FRCD_REG + 16 + 8, r.FRCD_F)
     m.regs.write32(r.DMAR_FSTS_REG, r.DMA_FSTS_PFO)
     fe.translate(0x2000, False)
@@ -90,7 +91,7 @@ def test_fault_processing_disable(machine):
     fe = FrontEnd(m.platform, 0)
     assert fe.translate(0x1000, False) == (None, FaultReason.NO_READ)
     assert m.regs.fault_record(0) == (0, 0)
-    assert m.platform.front_ends[0, r.FE_FAULTS] == 1
+    assert m.platform.front_ends[0, FE_FAULTS] == 1
 
 
 def test_translation_disabled_is_its_own_reason(machine):
@@ -190,7 +191,7 @@ def test_function_mask(machine):
     for fm, sid, goes in ((0, bdf | 1, False), (1, bdf | 4, True), (2, bdf | 1, False), (3, bdf | 7, True)):
         fe.translate(IOVA, False)
         assert fe.unit[engine.C_VALID] == 1
-        fe.invalidate(vtd.decode_descriptor(vtd.inv_context_device(m.did, sid, fm)))
+        fe.invalidate(m.regs.decode(vtd.inv_context_device(m.did, sid, fm)))
         assert (fe.unit[engine.C_VALID] == 0) == goes
 
 
@@ -313,7 +314,7 @@ def test_queue_wraps(machine):
     fe.translate(IOVA, False)
     for _ in range(300):
         assert m.done(m.submit(vtd.inv_iotlb_global()))
-    assert m.platform.front_ends[0, r.FE_INVALIDATIONS] == 600
+    assert m.platform.front_ends[0, FE_INVALIDATIONS] == 600
 
 
 def test_a_new_kernel_takes_the_queue_over(machine):

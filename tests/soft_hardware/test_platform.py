@@ -9,6 +9,7 @@ import pytest
 from iokeep.errors import InputError
 from iokeep.soft.hardware import bar
 from iokeep.soft.hardware.platform import Platform
+from iokeep.soft.hardware.unit import FE_OVERFLOW
 from iokeep.soft.hardware.units import vtd as r
 
 
@@ -121,7 +122,7 @@ def test_fault_records_are_write_one_to_clear():
         at = (r.DMAR_FRCD_REG >> 3) + 2  # the record of front-end 1
         regs.bank[at] = 0x123000
         regs.bank[at + 1] = r.FRCD_F | 5 << 32 | 0x28
-        p.front_ends[0, r.FE_PFO] = 1
+        p.front_ends[0, FE_OVERFLOW] = 1
         assert regs.read32(r.DMAR_FSTS_REG) == r.DMA_FSTS_PPF | r.DMA_FSTS_PFO | 1 << 8
         regs.write64(r.DMAR_FRCD_REG + 16 + 8, 0)
         assert regs.fault_record(1)[1] >> 63

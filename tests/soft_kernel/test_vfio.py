@@ -293,7 +293,7 @@ def test_buses_beyond_the_first():
 
 
 def test_hardware_that_does_not_answer_stops_the_kernel(monkeypatch):
-    from iokeep.soft.hardware.units import vtd as reg
+    from iokeep.soft.hardware.unit import FE_ONLINE
 
     kernel = boot()
     c = Caller(kernel)
@@ -301,14 +301,14 @@ def test_hardware_that_does_not_answer_stops_the_kernel(monkeypatch):
     v = c.vfio()
     c.bind(v, fd)
     c.attach(v, c.ioas(fd))
-    kernel.platform.front_ends[0, reg.FE_ONLINE] = 1
+    kernel.platform.front_ends[0, FE_ONLINE] = 1
     monkeypatch.setattr(queue, "TIMEOUT", 0.05)
     with pytest.raises(queue.HardwareTimeout, match="device 0"):
         c.detach(v)
 
 
 def test_pump_lets_hardware_in_this_process_go_on():
-    from iokeep.soft.hardware.units import vtd as reg
+    from iokeep.soft.hardware.unit import FE_ONLINE
 
     kernel = boot()
     turns = []
@@ -318,7 +318,7 @@ def test_pump_lets_hardware_in_this_process_go_on():
         if len(turns) == 3:
             kernel.platform.iommu.queue.leave(0)
 
-    kernel.platform.front_ends[0, reg.FE_ONLINE] = 1
+    kernel.platform.front_ends[0, FE_ONLINE] = 1
     kernel.pump = pump
     c = Caller(kernel)
     fd = c.iommu()

@@ -29,6 +29,7 @@ from iokeep.pt.formats import base
 from iokeep.pt.roots import vtd
 from iokeep.pt.roots.vtd import FaultReason
 from iokeep.soft.hardware import bar
+from iokeep.soft.hardware import unit as unit_words
 from iokeep.soft.hardware.units import vtd as registers
 
 
@@ -181,10 +182,10 @@ _FRCD_WORD = registers.DMAR_FRCD_REG >> 3
 _FRCD_F = u64(registers.FRCD_F)
 _FRCD_READ = u64(registers.FRCD_READ)
 _REASON_SHIFT = u64(registers.FRCD_REASON_SHIFT)
-FE_PFO = registers.FE_PFO
-FE_FAULTS = registers.FE_FAULTS
-FE_HITS = registers.FE_HITS
-FE_MISSES = registers.FE_MISSES
+FE_PFO = unit_words.FE_OVERFLOW
+FE_FAULTS = unit_words.FE_FAULTS
+FE_HITS = unit_words.FE_HITS
+FE_MISSES = unit_words.FE_MISSES
 
 # -- state of a DMA engine, uint64[DMA_WORDS] ------------------------------------------------------
 (

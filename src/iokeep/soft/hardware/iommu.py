@@ -17,13 +17,20 @@ import numpy as np
 
 from iokeep.pt.formats.base import Format
 from iokeep.pt.registry import open_format
-from iokeep.pt.roots import vtd
 from iokeep.soft.hardware.platform import Platform
-from iokeep.soft.hardware.units import vtd as registers
-from iokeep.soft.hardware.units.vtd import FE_EPOCH, FE_HEAD, FE_INVALIDATIONS, FE_IQE, FE_ONLINE
-
-#: bits of the function number that CC_DESC.FM takes out of the comparison (specification 6.5.2.1)
-_FUNCTION_MASK = (0, 4, 6, 7)
+from iokeep.soft.hardware.unit import (
+    ANY,
+    EVERYWHERE,
+    FE_EPOCH,
+    FE_HEAD,
+    FE_INVALIDATIONS,
+    FE_ONLINE,
+    FE_STOPPED,
+    H_EPOCH,
+    H_START,
+    Invalidation,
+    Match,
+)
 
 
 def hardware_formats() -> list[Format | None]:
@@ -125,74 +132,58 @@ class FrontEnd:
         Between two bursts no DMA is in flight, which is the drain that the descriptors ask for.
         """
         with self.busy:
-            page, queue = self.page, self._queue
+            page, queue, iommu = self.page, self._queue, self.platform.iommu
             if not page[FE_ONLINE]:
                 return 0
-            epoch = self.bank[registers.HIDDEN_EPOCH >> 3]
+            epoch = iommu.hidden[H_EPOCH]
             if page[FE_EPOCH] != epoch:
-                page[FE_HEAD] = np.uint64(0)
+                page[FE_HEAD] = iommu.hidden[H_START]
                 page[FE_EPOCH] = epoch
-            tail = int(self.bank[registers.DMAR_IQT_REG >> 3])
+            tail = iommu.queue_tail
             head = int(page[FE_HEAD])
-            if head == tail or not int(epoch) & 1 or page[FE_IQE]:
+            if head == tail or not int(epoch) & 1 or page[FE_STOPPED]:
                 if self._behind:
                     self._behind = not queue.try_complete()
                 return 0
-            size, step, done = queue.size, queue.step, 0
+            ring, done = iommu.ring(), 0
             while head != tail:
-                item = queue.fetch(head)
+                item = queue.fetch(ring, head)
                 if item is None:
-                    page[FE_IQE] = np.uint64(1)
+                    page[FE_STOPPED] = np.uint64(1)
                     break
                 self.invalidate(item)
-                head = (head + step) % size
+                head = (head + ring.step) % ring.span
                 done += 1
             page[FE_INVALIDATIONS] += np.uint64(done)
             page[FE_HEAD] = np.uint64(head)
             self._behind = not queue.try_complete()
             return done
 
-    def invalidate(self, item: vtd.Invalidation) -> None:
-        """Carry out one descriptor on the caches of this front-end."""
-        if item.kind in (vtd.INV_CONTEXT, vtd.INV_PASID_CACHE):
-            self._invalidate_context(item)
-        elif item.kind in (vtd.INV_IOTLB, vtd.INV_PASID_IOTLB):
-            self._invalidate_tlb(item)
-
-    def _invalidate_context(self, item: vtd.Invalidation) -> None:
+    @property
+    def _owner(self) -> int:
         unit, e = self.unit, self._engine
-        same_domain = int(unit[e.C_DID]) == item.domain_id
-        if item.kind == vtd.INV_PASID_CACHE:
-            hit = item.granularity == vtd.PC_GLOBAL or (
-                same_domain and (item.granularity == vtd.PC_DOMAIN or int(unit[e.C_PASID]) == item.pasid)
-            )
-        elif item.granularity == vtd.G_DEVICE:
-            different = (int(unit[e.C_BDF]) ^ item.source_id) & ~_FUNCTION_MASK[item.function_mask]
-            # DID is that of the cached entry: a driver that passes the new one leaves the old one cached.
-            hit = same_domain and not different
-        else:
-            hit = item.granularity == vtd.G_GLOBAL or same_domain
-        if hit:
-            unit[e.C_VALID] = np.uint64(0)
+        owner = int(unit[e.C_DID]) | int(unit[e.C_PASID]) << 16
+        return owner | e.OWNER_FIRST if int(unit[e.C_KIND]) >= 3 else owner
 
-    def _invalidate_tlb(self, item: vtd.Invalidation) -> None:
-        e, tlb = self._engine, self.tlb
-        if item.kind == vtd.INV_IOTLB and item.granularity == vtd.G_GLOBAL:
-            tlb[0] = np.uint64(0)
-        else:
-            owner = tlb[2]
-            if item.kind == vtd.INV_PASID_IOTLB:
-                # First stage only: domain, PASID and stage must be equal.
-                hit = owner == np.uint64(item.domain_id | item.pasid << 16 | e.OWNER_FIRST)
-            else:
-                hit = (owner & np.uint64(vtd.DID_MASK)) == np.uint64(item.domain_id)
-                if item.granularity == vtd.G_PAGES:
-                    hit &= owner < np.uint64(e.OWNER_FIRST)
-            if item.granularity == vtd.G_PAGES:
-                # Both page-selective granularities are 3. An entry goes if any of its page is in the range.
-                first = tlb[0] & np.uint64(2**64 - 4096)
-                last = first + ((np.uint64(1) << tlb[3]) - np.uint64(1))
-                hit &= (first <= np.uint64(item.last)) & (last >= np.uint64(item.start))
-            tlb[0, hit] = np.uint64(0)
+    def invalidate(self, item: Invalidation) -> None:
+        """Carry out one command on the caches of this front-end."""
+        if item.context is not None:
+            requester, owner = item.context
+            if requester(int(self.unit[self._engine.C_BDF])) and owner(self._owner):
+                self.unit[self._engine.C_VALID] = np.uint64(0)
+        if item.tlb is not None:
+            self._invalidate_tlb(*item.tlb)
+
+    def _invalidate_tlb(self, owner: Match, start: int, last: int) -> None:
+        tlb = self.tlb
+        hit = tlb[0] != 0
+        if owner is not ANY:
+            hit &= (tlb[2] & np.uint64(owner.mask)) == np.uint64(owner.want)
+        if (start, last) != EVERYWHERE:
+            # An entry goes if any of its page is in the range.
+            first = tlb[0] & np.uint64(2**64 - 4096)
+            end = first + ((np.uint64(1) << tlb[3]) - np.uint64(1))
+            hit &= (first <= np.uint64(last)) & (end >= np.uint64(start))
+        tlb[0, hit] = np.uint64(0)
         if not tlb[0].any():
-            self.unit[e.T_LEVELS] = np.uint64(0)
+            self.unit[self._engine.T_LEVELS] = np.uint64(0)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The machine that stays when a kernel ends: memory, registers and the owner tags of frames, in three memfds.
 
-Layout of the registers memfd, in pages of 4096 bytes: 0 the VT-d register bank, 1 the boot page, 2 the
-description of the platform, from 3 one page per IOMMU front-end, then the BARs.
+Layout of the registers memfd, in pages of 4096 bytes: 0 the boot page, 1 the description of the platform, 2
+the hidden state of the IOMMU, from 3 its registers, from 7 one page per IOMMU front-end, then the BARs.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ from iokeep.mem.memory import U64
 from iokeep.mem.ram import Ram
 from iokeep.soft.hardware import bar
 from iokeep.soft.hardware.bar import ArrayWindow
-from iokeep.soft.hardware.units.vtd import MAX_DEVICES, PAGE, HardwareLock, Registers
+from iokeep.soft.hardware.unit import BANK_PAGES, MAX_DEVICES, PAGE, HardwareLock, requester_id
+from iokeep.soft.hardware.units import unit_class
 
 U32 = NDArray[np.uint32]
 
 PLATFORM_MAGIC = int.from_bytes(b"iokeepPF", "little")
-PLATFORM_VERSION = 1
-BANK_PAGE, BOOT_PAGE, INFO_PAGE, FRONT_END_PAGE = 0, 1, 2, 3
-_MAGIC, _VERSION, _RAM_BYTES, _N_DEVICES, _BAR_BYTES = range(5)
+PLATFORM_VERSION = 2
+BOOT_PAGE, INFO_PAGE, HIDDEN_PAGE, BANK_PAGE = 0, 1, 2, 3
+FRONT_END_PAGE = BANK_PAGE + BANK_PAGES
+#: _IOMMU: the kind, up to 8 characters, the first in the lowest byte
+_MAGIC, _VERSION, _RAM_BYTES, _N_DEVICES, _BAR_BYTES, _IOMMU = range(6)
 
 
 class _Word:
@@ -76,7 +79,7 @@ class Fds:
 class Platform:
     """The machine as every process sees it.
 
-    :ivar ram: physical memory. :ivar iommu: the VT-d registers. :ivar bars: one BAR window per device.
+    :ivar ram: physical memory. :ivar iommu: the IOMMU. :ivar bars: one BAR window per device.
     :ivar tags: uint32[n_frames]: the owner of each frame, 0 = free; not reachable by any pa.
     :ivar boot: the boot page. :ivar fds: the memfds, owned by this object.
     """
@@ -101,29 +104,40 @@ class Platform:
         self.boot = Boot(regs[BOOT_PAGE * PAGE : BOOT_PAGE * PAGE + 64].view(np.uint64))
         pages = regs[FRONT_END_PAGE * PAGE : (FRONT_END_PAGE + self.n_devices) * PAGE]
         self.front_ends: U64 = pages.view(np.uint64).reshape(self.n_devices, PAGE // 8)
-        bank = regs[BANK_PAGE * PAGE : (BANK_PAGE + 1) * PAGE].view(np.uint64)
+        hidden = regs[HIDDEN_PAGE * PAGE : (HIDDEN_PAGE + 1) * PAGE].view(np.uint64)
+        bank = regs[BANK_PAGE * PAGE : (BANK_PAGE + BANK_PAGES) * PAGE].view(np.uint64)
         self.lock = HardwareLock(fds.regs)
-        self.iommu = Registers(bank, self.front_ends, self.ram, self.lock)
+        kind = int(info[_IOMMU]).to_bytes(8, "little").rstrip(b"\0").decode("ascii", "replace")
+        try:
+            unit = unit_class(kind)
+        except ValueError as e:
+            raise InputError(f"the platform: {e}") from e
+        self.iommu = unit(bank, hidden, self.front_ends, self.ram, self.lock)
         self.bars = tuple(
             ArrayWindow(regs[start : start + self.bar_bytes])
             for start, _ in map(self.bar_extent, range(self.n_devices))
         )
 
     @classmethod
-    def create(cls, ram_bytes: int, n_devices: int = 1, bar_bytes: int = bar.BAR_BYTES) -> Platform:
+    def create(
+        cls, ram_bytes: int, n_devices: int = 1, bar_bytes: int = bar.BAR_BYTES, iommu: str = "vtd"
+    ) -> Platform:
         """A new machine with zeroed memory.
 
         :param ram_bytes: multiple of 4096. :param n_devices: 1 ... 64.
         :param bar_bytes: of each BAR, a multiple of 4096, more than 0x4000.
+        :param iommu: its kind, of :data:`iokeep.soft.hardware.units.UNITS`.
         """
+        unit_class(iommu)
         _check_shape(ram_bytes, n_devices, bar_bytes)
         fds = Fds(*(os.memfd_create(f"iokeep-{name}") for name in ("ram", "regs", "tags")))
         os.ftruncate(fds.ram, ram_bytes)
         os.ftruncate(fds.regs, _regs_bytes(n_devices, bar_bytes))
         os.ftruncate(fds.tags, -(-ram_bytes // PAGE * 4 // PAGE) * PAGE)
-        info = [0] * 5
+        info = [0] * 6
         info[_MAGIC], info[_VERSION] = PLATFORM_MAGIC, PLATFORM_VERSION
         info[_RAM_BYTES], info[_N_DEVICES], info[_BAR_BYTES] = ram_bytes, n_devices, bar_bytes
+        info[_IOMMU] = int.from_bytes(iommu.encode("ascii"), "little")
         os.pwrite(fds.regs, b"".join(w.to_bytes(8, "little") for w in info), INFO_PAGE * PAGE)
         platform = cls(fds)
         platform.iommu.power_on()
@@ -149,8 +163,7 @@ class Platform:
         """Requester id of a device: 00:04.0, 00:05.0, ... and on to the next bus."""
         if not 0 <= index < self.n_devices:
             raise IndexError(f"device {index} of {self.n_devices}")
-        slot = 4 + index
-        return slot // 32 << 8 | slot % 32 << 3
+        return requester_id(index)
 
     def index_of(self, bdf: int) -> int:
         """Device index of a requester id. :raises KeyError: no such device."""

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from iokeep.pt.roots import vtd as codec
+from iokeep.soft.hardware.unit import FE_HEAD, FE_ONLINE, FE_PID
 from iokeep.soft.hardware.units import vtd as reg
 from iokeep.soft.kernel.frames import FRAME_BYTES, FRAME_SHIFT, I64, TAG_KERNEL, FrameAllocator, Kind
 
 if TYPE_CHECKING:
-    from iokeep.soft.hardware.units.vtd import Registers
+    from iokeep.soft.hardware.unit import Unit
 
 #: seconds after which hardware that does not answer is given up
 TIMEOUT = 10.0
@@ -36,7 +37,7 @@ class InvalidationQueue:
     """
 
     def __init__(
-        self, regs: Registers, frames: FrameAllocator, *, wide: bool, pump: Callable[[], None] | None
+        self, regs: Unit, frames: FrameAllocator, *, wide: bool, pump: Callable[[], None] | None
     ) -> None:
         self._regs = regs
         self._frames = frames
@@ -120,8 +121,8 @@ class InvalidationQueue:
     def _state(self) -> str:
         pages = self._regs.front_ends
         online = [
-            f"device {i} (pid {int(p[reg.FE_PID])}, head {int(p[reg.FE_HEAD]):#x})"
+            f"device {i} (pid {int(p[FE_PID])}, head {int(p[FE_HEAD]):#x})"
             for i, p in enumerate(pages)
-            if p[reg.FE_ONLINE]
+            if p[FE_ONLINE]
         ]
         return f"tail {self._tail:#x}, front-ends online: {', '.join(online) or 'none'}"

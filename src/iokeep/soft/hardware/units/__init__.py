@@ -1,2 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""IOMMUs of the platform, one module per kind: registers, commands, and the way to a page table."""
+"""The kinds of IOMMU that the machine can have, one module per kind."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from iokeep.soft.hardware.unit import Unit
+
+#: kind -> (module, class) of its unit
+UNITS = {"vtd": ("vtd", "VtdUnit")}
+
+
+def unit_class(kind: str) -> type[Unit]:
+    """The class of a kind's unit, imported now. :raises ValueError: there is no such kind."""
+    if kind not in UNITS:
+        raise ValueError(f"no IOMMU of kind {kind[:16]!r}: it is one of {', '.join(UNITS)}")
+    module, name = UNITS[kind]
+    return cast("type[Unit]", getattr(import_module(f"{__name__}.{module}"), name))

@@ -1,34 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VT-d register bank: offsets, fields, capabilities, and what a write does.
+"""VT-d: registers, capabilities, what a write does, commands, fault records.
 
-Source: VT-d specification revision 4.x, chapter 11 (register descriptions) and 6.5.2 (queued invalidation);
-offsets checked against Linux drivers/iommu/intel/iommu.h.
-
-The bank is a page of shared memory with no process behind it: the logic of a register runs in whoever
-accesses it through :class:`Registers`, and what must be atomic between processes is done under a lock. The
-IOMMU has one *front-end* per device (its own context cache, IOTLB and fault record); each has a page of
-hidden registers, see ``FE_*``.
+Source: VT-d specification revision 4.x, chapter 11 (register descriptions), 6.5.2 (queued invalidation), 7.1.3 and
+7.2.1 (faults); offsets checked against Linux drivers/iommu/intel/iommu.h.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import os
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from iokeep.errors import MemoryAbsent
-from iokeep.mem.memory import U64
-from iokeep.mem.ram import Ram
-from iokeep.pt.roots import vtd
-
-PAGE = 4096
-BANK_WORDS = PAGE // 8
-MAX_DEVICES = 64
+from iokeep.pt.roots import base, vtd
+from iokeep.pt.roots.find import Found
+from iokeep.pt.roots.vtd import FaultReason, RootFault
+from iokeep.soft.hardware.unit import (
+    ANY,
+    EVERYWHERE,
+    FE_OVERFLOW,
+    PAGE,
+    Context,
+    Fault,
+    Invalidation,
+    Match,
+    Ring,
+    Unit,
+    requester_id,
+)
 
 # -- offsets (bytes), specification chapter 11 -----------------------------------------------------
 DMAR_VER_REG = 0x00
@@ -67,24 +65,16 @@ IQA_QS_MASK = 7  # the queue is 4096 << QS bytes
 IQA_DW = 1 << 11  # descriptors of 256 bits
 IQT_MASK = 0x7FFF0
 
-# -- hidden state of the model, behind the last register that this IOMMU has --------------------------
-HIDDEN_ROOT = 0xF00  # RTADDR_REG as latched by GCMD_REG.SRTP
-HIDDEN_EPOCH = 0xF08  # bumped at each change of GCMD_REG.QIE: odd = enabled
-HIDDEN_IQE = 0xF10  # invalidation queue error found while no front-end was online
+HIDDEN_ROOT = 0xF00  # RTADDR_REG as latched by GCMD_REG.SRTP, behind the last register that this IOMMU has
 
-# -- hidden registers of a front-end: words of its page ----------------------------------------------
-(
-    FE_ONLINE,  # 1: it may hold cached entries or DMA in flight, so that the queue must wait for it
-    FE_HEAD,  # byte offset into the queue of the next descriptor
-    FE_EPOCH,  # epoch in which FE_HEAD counts
-    FE_IQE,  # it stopped at a bad descriptor
-    FE_PFO,  # a fault came while its fault record was full
-    FE_FAULTS,  # faults since power-on
-    FE_INVALIDATIONS,  # descriptors consumed since power-on
-    FE_HITS,  # IOTLB hits
-    FE_MISSES,  # IOTLB misses
-    FE_PID,  # process that runs it
-) = range(10)
+# -- owner tags: domain id | PASID << 16 | OWNER_FIRST where a first-stage table translates --------------
+_PASID_SHIFT = 16
+OWNER_FIRST = 1 << 40
+_DID = vtd.DID_MASK
+_OWNER = (1 << 48) - 1
+
+#: bits of the function number that CC_DESC.FM takes out of the comparison (specification 6.5.2.1)
+_FUNCTION_MASK = (0, 4, 6, 7)
 
 MAMV = 18  # page-selective invalidation of up to 2**18 pages
 
@@ -116,208 +106,58 @@ def capabilities(n_devices: int) -> tuple[int, int, int]:
     return 0x40, cap, ecap
 
 
-_process_lock = threading.RLock()
+def _codes(
+    access: FaultReason,
+    not_present: FaultReason | None,
+    reserved: FaultReason,
+    denied: tuple[FaultReason, FaultReason],
+    width: FaultReason,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Reasons for (reads, writes) by outcome; ``not_present`` None: as if the access were denied."""
+    read, write = (
+        tuple(int(reason) for reason in (access, not_present or right, reserved, right, width))
+        for right in denied
+    )
+    return read, write
 
 
-class HardwareLock:
-    """Mutual exclusion between all processes (and threads) that share the registers memfd.
-
-    POSIX record locks: the kernel drops the lock of a process that dies, so that a killed device never blocks
-    the IOMMU.
-    """
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._depth = 0
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold the lock; re-entrant."""
-        with _process_lock:
-            if self._depth == 0:
-                fcntl.lockf(self._fd, fcntl.LOCK_EX, 1, 0, os.SEEK_SET)
-            with self._entered():
-                yield
-
-    @contextmanager
-    def tried(self) -> Iterator[bool]:
-        """Hold the lock if nobody else does; the value says whether."""
-        if not _process_lock.acquire(blocking=False):
-            yield False
-            return
-        try:
-            if self._depth == 0:
-                try:
-                    fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0, os.SEEK_SET)
-                except OSError as e:
-                    if e.errno not in (errno.EACCES, errno.EAGAIN):
-                        raise
-                    yield False
-                    return
-            with self._entered():
-                yield True
-        finally:
-            _process_lock.release()
-
-    @contextmanager
-    def _entered(self) -> Iterator[None]:
-        self._depth += 1
-        try:
-            yield
-        finally:
-            self._depth -= 1
-            if self._depth == 0:
-                fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, 0, os.SEEK_SET)
+#: specification 7.1.3, for the tables of (legacy, scalable second stage, scalable first stage)
+_LEGACY = _codes(
+    FaultReason.PAGING_ACCESS,
+    None,
+    FaultReason.PAGING_RESERVED,
+    (FaultReason.NO_READ, FaultReason.NO_WRITE),
+    FaultReason.BEYOND_WIDTH,
+)
+_SECOND = _codes(
+    FaultReason.SM_SECOND_ACCESS,
+    None,
+    FaultReason.SM_SECOND_RESERVED,
+    (FaultReason.SM_NO_READ, FaultReason.SM_NO_WRITE),
+    FaultReason.SM_SECOND_BEYOND_WIDTH,
+)
+_FIRST = _codes(
+    FaultReason.SM_FIRST_ACCESS,
+    FaultReason.SM_FIRST_NOT_PRESENT,
+    FaultReason.SM_FIRST_RESERVED,
+    (FaultReason.SM_NO_READ, FaultReason.SM_NO_WRITE),
+    FaultReason.SM_NOT_CANONICAL,
+)
 
 
-class Queue:
-    """The invalidation queue as the hardware side sees it (specification 6.5.2).
+class VtdUnit(Unit):
+    """The VT-d registers."""
 
-    Every front-end that is online consumes the queue with a head of its own. ``IQH_REG`` follows the slowest;
-    the status of a wait descriptor is written when all have passed it, that is, with their DMA drained and
-    their caches invalidated. While no front-end is online nothing is cached, and whoever writes the tail
-    completes the queue.
-    """
-
-    def __init__(self, bank: U64, front_ends: U64, ram: Ram, lock: HardwareLock) -> None:
-        self._bank = bank
-        self._fe = front_ends
-        self._ram = ram
-        self._ram32 = ram.bytes.view(np.uint32)
-        self._lock = lock
-
-    def _get(self, offset: int) -> int:
-        return int(self._bank[offset >> 3])
-
-    @property
-    def epoch(self) -> int:
-        """Number of changes of GCMD_REG.QIE; odd while the queue is enabled."""
-        return self._get(HIDDEN_EPOCH)
-
-    @property
-    def size(self) -> int:
-        """Bytes of the queue."""
-        return PAGE << (self._get(DMAR_IQA_REG) & IQA_QS_MASK)
-
-    @property
-    def step(self) -> int:
-        """Bytes of one descriptor: 16 or 32."""
-        return 32 if self._get(DMAR_IQA_REG) & IQA_DW else 16
-
-    def fetch(self, offset: int) -> vtd.Invalidation | None:
-        """The descriptor at a byte offset of the queue; None if it is bad or not in memory."""
-        pa = (self._get(DMAR_IQA_REG) & vtd.PA_MASK) + offset
-        try:
-            raw = self._ram.read(pa, self.step)
-        except MemoryAbsent:
-            return None
-        return vtd.decode_descriptor(tuple(int(w) for w in np.frombuffer(raw, np.uint64)))
-
-    def head(self, index: int) -> int:
-        """Head of a front-end in the present epoch (byte offset)."""
-        page = self._fe[index]
-        return int(page[FE_HEAD]) if int(page[FE_EPOCH]) == self.epoch else 0
-
-    def complete(self) -> None:
-        """Move IQH_REG up to the slowest head, writing the status of the wait descriptors passed."""
-        with self._lock.held():
-            epoch = self.epoch
-            if not epoch & 1:
-                return
-            size, step = self.size, self.step
-            at = self._get(DMAR_IQH_REG)
-            online = [i for i in range(len(self._fe)) if self._fe[i, FE_ONLINE]]
-            heads = [self.head(i) for i in online] or [self._get(DMAR_IQT_REG)]
-            left = min((head - at) % size for head in heads)
-            if not online and self._get(HIDDEN_IQE):
-                return
-            while left > 0:
-                item = self.fetch(at)
-                if item is None:
-                    self._bank[HIDDEN_IQE >> 3] = np.uint64(1)
-                    return
-                if item.status_pa is not None and item.status_pa >> 2 < self._ram32.size:
-                    self._ram32[item.status_pa >> 2] = np.uint32(item.status_data)
-                at = (at + step) % size
-                left -= step
-                self._bank[DMAR_IQH_REG >> 3] = np.uint64(at)
-
-    def try_complete(self) -> bool:
-        """:meth:`complete`, unless somebody else holds the lock; False: call again later.
-
-        A device must not stop because the process of a kernel was descheduled with the lock held.
-        """
-        with self._lock.tried() as held:
-            if held:
-                self.complete()
-            return held
-
-    def enter(self, index: int) -> None:
-        """A front-end with empty caches goes online: what is in the queue so far does not concern it."""
-        with self._lock.held():
-            page = self._fe[index]
-            page[FE_HEAD] = self._bank[DMAR_IQT_REG >> 3]
-            page[FE_EPOCH] = self._bank[HIDDEN_EPOCH >> 3]
-            page[FE_IQE] = np.uint64(0)
-            page[FE_PID] = np.uint64(os.getpid())
-            page[FE_ONLINE] = np.uint64(1)
-            self.complete()
-
-    def leave(self, index: int) -> None:
-        """A front-end goes offline: its caches are empty and its DMA is drained (or its process is dead)."""
-        with self._lock.held():
-            self._fe[index, FE_ONLINE] = np.uint64(0)
-            self._fe[index, FE_IQE] = np.uint64(0)
-            self.complete()
-
-    def set_enabled(self, on: bool) -> None:
-        """GCMD_REG.QIE changed."""
-        with self._lock.held():
-            if on == bool(self.epoch & 1):
-                return
-            if on:
-                self._bank[DMAR_IQH_REG >> 3] = np.uint64(0)
-                self._bank[HIDDEN_IQE >> 3] = np.uint64(0)
-            self._bank[HIDDEN_EPOCH >> 3] += np.uint64(1)
-            if on:
-                self.complete()
-
-    def stopped(self) -> bool:
-        """After GCMD_REG.QIE = 0: no front-end reads the queue any more."""
-        epoch = self.epoch
-        return not any(p[FE_ONLINE] and int(p[FE_EPOCH]) != epoch for p in self._fe)
-
-
-class Registers:
-    """The VT-d registers as software sees them.
-
-    :param bank: uint64[512], the shared register page.
-    :param front_ends: uint64[n, 512], the pages of the front-ends.
-
-    :ivar queue: the hardware side of the invalidation queue.
-    """
-
-    def __init__(self, bank: U64, front_ends: U64, ram: Ram, lock: HardwareLock) -> None:
-        self.bank = bank
-        self.front_ends = front_ends
-        self._bank32 = bank.view(np.uint32)
-        self._lock = lock
-        self.queue = Queue(bank, front_ends, ram, lock)
-        #: ``service`` of the front-ends that run in this very process, by index: they answer at once
-        self.local_front_ends: dict[int, Callable[[], int]] = {}
-
-    #: the kind of IOMMU, as :func:`iokeep.pt.roots.find.find_root_of` calls it
     KIND = "vtd"
 
-    def hw(self) -> dict[str, object]:
+    def hw(self) -> Mapping[str, object]:
         """The registers that lead to the tables, as the ``hw`` part of a capture has them."""
         return {"root_register": f"{self.read64(DMAR_RTADDR_REG):#x}"}
 
     def power_on(self) -> None:
         """Reset values of a new platform."""
-        self.bank[:] = np.uint64(0)
         ver, cap, ecap = capabilities(len(self.front_ends))
-        self._bank32[DMAR_VER_REG >> 2] = np.uint32(ver)
+        self.bank32[DMAR_VER_REG >> 2] = np.uint32(ver)
         self.bank[DMAR_CAP_REG >> 3] = np.uint64(cap)
         self.bank[DMAR_ECAP_REG >> 3] = np.uint64(ecap)
 
@@ -339,8 +179,8 @@ class Registers:
             return 0  # write-only
         if offset == DMAR_FSTS_REG:
             return self._fsts()
-        value = int(self._bank32[offset >> 2])
-        if offset == DMAR_GSTS_REG and (self.queue.epoch & 1 or not self.queue.stopped()):
+        value = int(self.bank32[offset >> 2])
+        if offset == DMAR_GSTS_REG and (self.queue.enabled or not self.queue.stopped()):
             value |= DMA_GSTS_QIES
         return value
 
@@ -349,23 +189,15 @@ class Registers:
         if offset == DMAR_RTADDR_REG:
             self.bank[offset >> 3] = np.uint64(value)
         elif offset == DMAR_IQA_REG:
-            if self.queue.epoch & 1:
+            if self.queue.enabled:
                 raise ValueError("IQA_REG is written while the invalidation queue is enabled")
             self.bank[offset >> 3] = np.uint64(value)
         elif offset == DMAR_IQT_REG:
-            tail = value & IQT_MASK
-            if tail != value or tail % self.queue.step or tail >= self.queue.size:
-                raise ValueError(
-                    f"IQT_REG {value:#x} is no descriptor of a queue of {self.queue.size:#x} bytes"
-                )
+            tail, ring = value & IQT_MASK, self.ring()
+            if tail != value or tail % ring.step or tail >= ring.size:
+                raise ValueError(f"IQT_REG {value:#x} is no descriptor of a queue of {ring.size:#x} bytes")
             self.bank[offset >> 3] = np.uint64(tail)
-            # Front-ends that are online complete the queue themselves, between two bursts. The lock orders
-            # this store and that look against a front-end that leaves.
-            with self._lock.held():
-                if not self.front_ends[:, FE_ONLINE].any():
-                    self.queue.complete()
-            for service in self.local_front_ends.values():
-                service()
+            self.queue.kick()
         elif self._is_fault_record(offset):
             self._clear_fault(offset, value)
         else:
@@ -383,13 +215,14 @@ class Registers:
             raise ValueError(f"no writable 32-bit register at offset {offset:#x}")
 
     def _command(self, value: int) -> None:
-        with self._lock.held():
-            status = int(self._bank32[DMAR_GSTS_REG >> 2])
+        with self.lock.held():
+            status = int(self.bank32[DMAR_GSTS_REG >> 2])
             if value & DMA_GCMD_SRTP:
                 self.bank[HIDDEN_ROOT >> 3] = self.bank[DMAR_RTADDR_REG >> 3]
                 status |= DMA_GSTS_RTPS
             status = status & ~DMA_GSTS_TES | (DMA_GSTS_TES if value & DMA_GCMD_TE else 0)
-            self._bank32[DMAR_GSTS_REG >> 2] = np.uint32(status)
+            self.bank32[DMAR_GSTS_REG >> 2] = np.uint32(status)
+            self.translating = bool(value & DMA_GCMD_TE)
             self.queue.set_enabled(bool(value & DMA_GCMD_QIE))
 
     def _is_fault_record(self, offset: int) -> bool:
@@ -406,21 +239,145 @@ class Registers:
         return int(self.bank[at]), int(self.bank[at + 1])
 
     def _fsts(self) -> int:
-        value = DMA_FSTS_PFO if self.front_ends[:, FE_PFO].any() else 0
+        value = DMA_FSTS_PFO if self.front_ends[:, FE_OVERFLOW].any() else 0
         pending = [i for i in range(len(self.front_ends)) if self.fault_record(i)[1] & FRCD_F]
         if pending:
             value |= DMA_FSTS_PPF | pending[0] << DMA_FSTS_FRI_SHIFT
-        if self.front_ends[:, FE_IQE].any() or self.bank[HIDDEN_IQE >> 3]:
+        if self.queue.failed:
             value |= DMA_FSTS_IQE
         return value
 
     def _clear_status(self, value: int) -> None:
         if value & DMA_FSTS_PFO:
-            self.front_ends[:, FE_PFO] = np.uint64(0)
+            self.front_ends[:, FE_OVERFLOW] = np.uint64(0)
         if value & DMA_FSTS_IQE:
-            self.front_ends[:, FE_IQE] = np.uint64(0)
-            self.bank[HIDDEN_IQE >> 3] = np.uint64(0)
-            if not self.front_ends[:, FE_ONLINE].any():
-                self.queue.complete()
-            for service in self.local_front_ends.values():
-                service()
+            self.queue.clear_error()
+
+    # -- for front-ends ----------------------------------------------------------------------------------
+    def look_up(self, device_id: int) -> Context:
+        """See :meth:`Unit.look_up`. There is no pass-through, nesting and device-TLB here (ECAP_REG.PT, NEST,
+        DT are 0), which makes those programmings invalid.
+        """
+        found = self._find(device_id)
+        path = {step.name: step.words for step in found.path}
+        context = path["context"]
+        pasid = path.get("pasid")
+        if pasid is None:
+            if found.table is None or context[0] & vtd.CONTEXT_TT_MASK:
+                raise _refused(FaultReason.CONTEXT_INVALID, found.path)
+            return Context(found.table, found.domain_id, _LEGACY, silent=_silent(found.path))
+        if found.table is None or found.translation == "nested":
+            raise _refused(FaultReason.SM_PASID_INVALID, found.path)
+        number = context[1] & vtd.RID_PASID_MASK
+        owner = found.domain_id | number << _PASID_SHIFT
+        if found.translation == "first-stage":
+            return Context(found.table, owner | OWNER_FIRST, _FIRST, silent=_silent(found.path))
+        return Context(found.table, owner, _SECOND, silent=_silent(found.path))
+
+    def _find(self, device_id: int) -> Found:
+        try:
+            found = self.found(device_id, {"root_register": int(self.bank[HIDDEN_ROOT >> 3])})
+        except RootFault as e:
+            early = e.reason in (FaultReason.SM_CONTEXT_NOT_PRESENT, FaultReason.SM_CONTEXT_RESERVED)
+            if not early and _device_tlb(e.path):
+                raise _refused(FaultReason.SM_CONTEXT_INVALID, e.path) from e
+            raise
+        if _device_tlb(found.path):
+            raise _refused(FaultReason.SM_CONTEXT_INVALID, found.path)
+        return found
+
+    def silent(self, fault: base.RootFault) -> bool:
+        """FPD is set in one of the entries read."""
+        return _silent(fault.path)
+
+    def record_faults(self, index: int, faults: Sequence[Fault], dropped: int) -> None:
+        """Primary fault logging (specification 7.2.1): one record per front-end, kept until it is cleared."""
+        at = (DMAR_FRCD_REG >> 3) + 2 * index
+        for fault in faults:
+            if int(self.bank[at + 1]) & FRCD_F:
+                dropped += 1
+                continue
+            high = requester_id(index) | fault.code << FRCD_REASON_SHIFT | FRCD_F
+            self.bank[at] = np.uint64(fault.iova & ~(PAGE - 1))
+            self.bank[at + 1] = np.uint64(high if fault.need & 2 else high | FRCD_READ)
+        if dropped:
+            self.front_ends[index, FE_OVERFLOW] = np.uint64(1)
+
+    def fault_text(self, code: int) -> str:
+        """Specification 7.1.3."""
+        return _REASONS.get(code, f"fault reason {code:#x}")
+
+    # -- for the queue -----------------------------------------------------------------------------------
+    def ring(self) -> Ring:
+        """IQA_REG."""
+        iqa = int(self.bank[DMAR_IQA_REG >> 3])
+        size = PAGE << (iqa & IQA_QS_MASK)
+        return Ring(iqa & vtd.PA_MASK, size, 32 if iqa & IQA_DW else 16, size)
+
+    @property
+    def queue_head(self) -> int:
+        """IQH_REG."""
+        return int(self.bank[DMAR_IQH_REG >> 3])
+
+    @queue_head.setter
+    def queue_head(self, head: int) -> None:
+        self.bank[DMAR_IQH_REG >> 3] = np.uint64(head)
+
+    @property
+    def queue_tail(self) -> int:
+        """IQT_REG."""
+        return int(self.bank[DMAR_IQT_REG >> 3])
+
+    def decode(self, words: tuple[int, ...]) -> Invalidation | None:
+        """Specification 6.5.2."""
+        item = vtd.decode_descriptor(words)
+        if item is None:
+            return None
+        domain = Match(_DID, item.domain_id)
+        if item.kind == vtd.INV_WAIT:
+            return (
+                Invalidation()
+                if item.status_pa is None
+                else Invalidation(status=(item.status_pa, item.status_data, 4))
+            )
+        if item.kind == vtd.INV_CONTEXT:
+            if item.granularity == vtd.G_GLOBAL:
+                return Invalidation(context=(ANY, ANY))
+            if item.granularity == vtd.G_DOMAIN:
+                return Invalidation(context=(ANY, domain))
+            # DID is that of the cached entry: a driver that passes the new one leaves the old one cached.
+            mask = 0xFFFF & ~_FUNCTION_MASK[item.function_mask]
+            return Invalidation(context=(Match(mask, item.source_id & mask), domain))
+        if item.kind == vtd.INV_PASID_CACHE:
+            if item.granularity == vtd.PC_GLOBAL:
+                return Invalidation(context=(ANY, ANY))
+            if item.granularity == vtd.PC_DOMAIN:
+                return Invalidation(context=(ANY, domain))
+            mask = _DID | vtd.RID_PASID_MASK << _PASID_SHIFT
+            return Invalidation(context=(ANY, Match(mask, item.domain_id | item.pasid << _PASID_SHIFT)))
+        if item.kind == vtd.INV_PASID_IOTLB:
+            # First stage only: domain, PASID and stage must be equal.
+            want = item.domain_id | item.pasid << _PASID_SHIFT | OWNER_FIRST
+            return Invalidation(tlb=(Match(_OWNER, want), item.start, item.last))
+        if item.granularity == vtd.G_GLOBAL:
+            return Invalidation(tlb=(ANY, *EVERYWHERE))
+        if item.granularity == vtd.G_DOMAIN:
+            return Invalidation(tlb=(domain, *EVERYWHERE))
+        second = Match(_DID | OWNER_FIRST, item.domain_id)
+        return Invalidation(tlb=(second, item.start, item.last))
+
+
+_REASONS = {int(reason): reason.text for reason in FaultReason}
+
+
+def _device_tlb(path: base.Path) -> bool:
+    """The scalable context entry on the way enables the device-TLB."""
+    return any(s.name == "context" and len(s.words) == 4 and s.words[0] & vtd.SM_CONTEXT_DTE for s in path)
+
+
+def _silent(path: base.Path) -> bool:
+    return any(s.name != "root" and s.words[0] & vtd.FPD for s in path)
+
+
+def _refused(reason: FaultReason, path: base.Path) -> RootFault:
+    return RootFault(reason, f"{path[-1].name} entry at pa {path[-1].pa:#x}", path)
