@@ -41,7 +41,9 @@ def test_context_that_linux_wrote(machine):
     assert riscv.device_context(Stage(0x87791000, 3, 1), extended=True) == LINUX_DC
     found = find_root(*machine(LINUX_DC, caps=LINUX_CAPS), DEVICE)
     assert (found.translation, found.format, found.root_pa) == ("first-stage", "riscv64", 0x87791000)
-    assert (dict(found.config), found.domain_id) == ({"levels": 3, "stage": 1}, 1)
+    # QEMU has no Svpbmt and no AMO_HWAD
+    config = {"levels": 3, "stage": 1, "svpbmt": 0, "hardware_ad": 0}
+    assert (dict(found.config), found.domain_id) == (config, 1)
     assert [s.name for s in found.path] == ["ddte", "ddte", "dc"]
     assert found.path[-1].words == LINUX_DC
 
@@ -74,7 +76,7 @@ def test_encode_find(machine, device, levels, extended, first, second):
     if stage is None:
         assert found.table is None
     else:
-        assert dict(found.config) == {"levels": stage.levels, "stage": 2 if second else 1}
+        assert (found.config["levels"], found.config["stage"]) == (stage.levels, 2 if second else 1)
         assert (found.root_pa, found.domain_id) == (stage.root_pa, stage.tag)
     if first and second:
         assert (found.first.root_pa, found.first.config["levels"]) == (first.root_pa, first.levels)
@@ -229,3 +231,13 @@ def test_encoders_refuse_what_does_not_fit():
     ):
         with pytest.raises(ValueError):
             call()
+
+
+@pytest.mark.parametrize("cap", [0, riscv.CAP_AMO_HWAD, riscv.CAP_SVPBMT])
+def test_what_decides_a_translation_is_in_the_configuration(machine, cap):
+    stages = ((Stage(TOP, 3), None, riscv.TC_SADE), (None, Stage(GTOP, 3), riscv.TC_GADE))
+    for first, second, update in stages:
+        hardware = int(cap == riscv.CAP_AMO_HWAD)
+        dc = riscv.device_context(first, second, extended=True, tc=update if hardware else 0)
+        config = find_root(*machine(dc, caps=CAPS | cap), DEVICE).config
+        assert (config["hardware_ad"], config["svpbmt"]) == (hardware, int(cap == riscv.CAP_SVPBMT))

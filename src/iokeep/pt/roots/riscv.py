@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RISC-V IOMMU: the way from the device directory table pointer (``ddtp``) to a page table.
+"""RISC-V IOMMU: the way from the device directory table pointer (``ddtp``) to a page table, the commands of
+its command queue, the records of its fault queue.
 
 Source: RISC-V IOMMU Architecture Specification (riscv-non-isa/riscv-iommu, "the specification" below),
 chapter "Data Structures": device directory, device context, "Device-context configuration checks", process
-directory, "Process to translate an IOVA". Checked against Linux drivers/iommu/riscv/iommu-bits.h and a
-capture of a running kernel.
+directory, "Process to translate an IOVA"; chapter "In-memory queue interface". Checked against Linux
+drivers/iommu/riscv/iommu-bits.h, the reference model in the specification's repository (iommu_ref_model), and
+a capture of a running kernel.
 
 Entries are plain ints, one per 64-bit word, lowest word first; a PPN counts 4096 bytes. Little-endian
 structures and tables only (fctl.BE = 0), and RV64 tables only (fctl.GXL = 0, tc.SXL = 0).
@@ -12,6 +14,8 @@ structures and tables only (fctl.BE = 0), and RV64 tables only (fctl.GXL = 0, tc
 
 from __future__ import annotations
 
+import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from iokeep.mem.memory import Memory
@@ -33,10 +37,11 @@ PA_MASK = bits(55, 12)
 # -- capabilities and fctl registers -------------------------------------------------------------------
 CAP_ATS, CAP_T2GPA = 1 << 25, 1 << 26
 CAP_MSI_FLAT = 1 << 22
+CAP_SVPBMT = 1 << 15
 CAP_AMO_HWAD = 1 << 24
 CAP_QOSID = 1 << 41
 CAP_PAS_SHIFT, CAP_PAS_MASK = 32, 0x3F
-FCTL_BE, FCTL_GXL = 1 << 0, 1 << 2
+FCTL_BE, FCTL_WSI, FCTL_GXL = 1 << 0, 1 << 1, 1 << 2
 
 # -- device context ------------------------------------------------------------------------------------
 DC_BASE_WORDS, DC_EXTENDED_WORDS = 4, 8
@@ -71,14 +76,40 @@ PC_TA_RESERVED = bits(11, 3) | bits(63, 32)
 class FaultReason(base.FaultCode):
     """Causes in fault records (specification, "Fault/Event-Queue"; Linux RISCV_IOMMU_FQ_CAUSE_*)."""
 
+    EXECUTE_ACCESS_FAULT = 1, "instruction access fault"
+    READ_MISALIGNED = 4, "the read is misaligned"
+    READ_ACCESS_FAULT = 5, "a table or the page is not in memory (read)"
+    WRITE_MISALIGNED = 6, "the write is misaligned"
+    WRITE_ACCESS_FAULT = 7, "a table or the page is not in memory (write)"
+    EXECUTE_PAGE_FAULT = 12, "the first stage translates no instruction fetch"
+    READ_PAGE_FAULT = 13, "the first stage translates no read"
+    WRITE_PAGE_FAULT = 15, "the first stage translates no write"
+    EXECUTE_GUEST_FAULT = 20, "the second stage translates no instruction fetch"
+    READ_GUEST_FAULT = 21, "the second stage translates no read"
+    WRITE_GUEST_FAULT = 23, "the second stage translates no write"
     DMA_DISABLED = 256, "all inbound transactions are disallowed"
     DDT_LOAD_FAULT = 257, "a device directory entry is not in memory"
     DDT_INVALID = 258, "the device directory entry is not valid"
     DDT_MISCONFIGURED = 259, "the device directory entry is misconfigured"
     TTYP_BLOCKED = 260, "the transaction type is disallowed"
+    MSI_LOAD_FAULT = 261, "an MSI table entry is not in memory"
+    MSI_INVALID = 262, "the MSI table entry is not valid"
+    MSI_MISCONFIGURED = 263, "the MSI table entry is misconfigured"
+    MRIF_FAULT = 264, "the memory-resident interrupt file is not in memory"
     PDT_LOAD_FAULT = 265, "a process directory entry is not in memory"
     PDT_INVALID = 266, "the process directory entry is not valid"
     PDT_MISCONFIGURED = 267, "the process directory entry is misconfigured"
+    DDT_CORRUPTED = 268, "the device directory is corrupted"
+    PDT_CORRUPTED = 269, "the process directory is corrupted"
+    MSI_CORRUPTED = 270, "the MSI table is corrupted"
+    MRIF_CORRUPTED = 271, "the memory-resident interrupt file is corrupted"
+    INTERNAL_ERROR = 272, "internal data path error"
+    MSI_WRITE_FAULT = 273, "the IOMMU's own MSI write faulted"
+    PT_CORRUPTED = 274, "a page table is corrupted"
+
+
+#: causes that are recorded although tc.DTF is set (specification, table of tc.DTF's effect)
+DTF_REPORTED = frozenset((256, 257, 258, 259, 268, 272, 273))
 
 
 #: what an absent, an invalid and a misconfigured directory entry is reported as
@@ -224,15 +255,27 @@ def _check_dc(regs: Registers, path: Path) -> None:
         raise _bad_dc(path, f"fsc.MODE {fmode} is not supported")
 
 
-def _root(regs: Registers, word: int, stage: int, path: Path, reason: FaultReason) -> TableRoot | None:
-    """The table of an iosatp or iohgatp, whose mode is known to be good; None: Bare."""
+def _root(
+    regs: Registers, word: int, stage: int, tc: int, path: Path, reason: FaultReason
+) -> TableRoot | None:
+    """The table of an iosatp or iohgatp, whose mode is known to be good; None: Bare.
+
+    Its configuration says what decides a translation: whether hardware sets A and D, and whether an item may
+    have a memory type.
+    """
     mode = word >> ATP_MODE_SHIFT
     if mode == ATP_BARE:
         return None
     pa = (word & ATP_PPN_MASK) << 12
     if pa >> (regs.caps >> CAP_PAS_SHIFT & CAP_PAS_MASK):
         raise refuse(RootFault, reason, path, f"root {pa:#x} is beyond capabilities.PAS")
-    return TableRoot("riscv64", {"levels": LEVELS_OF_ATP[mode], "stage": stage}, pa)
+    config = {
+        "levels": LEVELS_OF_ATP[mode],
+        "stage": stage,
+        "svpbmt": int(bool(regs.caps & CAP_SVPBMT)),
+        "hardware_ad": int(bool(tc & (TC_SADE if stage == 1 else TC_GADE))),
+    }
+    return TableRoot("riscv64", config, pa)
 
 
 def of_device_context(mem: Memory, regs: Registers, path: Path, process_id: int | None = None) -> RootInfo:
@@ -247,7 +290,7 @@ def of_device_context(mem: Memory, regs: Registers, path: Path, process_id: int 
             raise refuse(RootFault, FaultReason.TTYP_BLOCKED, path, why)
     elif tc & TC_PDTV and tc & TC_DPE:
         process_id = 0
-    second = _root(regs, iohgatp, 2, path, FaultReason.DDT_MISCONFIGURED)
+    second = _root(regs, iohgatp, 2, tc, path, FaultReason.DDT_MISCONFIGURED)
     gscid = iohgatp >> GSCID_SHIFT & ((1 << GSCID_BITS) - 1)
     pscid = ta >> PSCID_SHIFT & ((1 << PSCID_BITS) - 1)
     msi = (w[4] & ATP_PPN_MASK) << 12 if len(w) > 4 and w[4] >> ATP_MODE_SHIFT == MSIPTP_FLAT else None
@@ -266,7 +309,7 @@ def of_device_context(mem: Memory, regs: Registers, path: Path, process_id: int 
             ta, fsc = path[-1].words
             pscid = ta >> PSCID_SHIFT & ((1 << PSCID_BITS) - 1)
             reason = FaultReason.PDT_MISCONFIGURED
-    first = _root(regs, fsc, 1, path, reason) if fsc else None
+    first = _root(regs, fsc, 1, tc, path, reason) if fsc else None
     if second is None:
         table, kind, tag = first, "first-stage" if first else "pass-through", pscid if first else 0
     else:
@@ -350,3 +393,254 @@ def pdtp(table_pa: int, levels: int) -> int:
     if levels not in PID_BITS:
         raise ValueError(f"a process directory of {levels} levels does not exist (1, 2 or 3)")
     return levels << ATP_MODE_SHIFT | pa_field("process directory", table_pa, PA_MASK) >> 12
+
+
+# -- commands (specification, "Command-Queue"; Linux RISCV_IOMMU_CMD_*) -----------------------------------
+#: two words, as in the queue
+Command = tuple[int, int]
+COMMAND_WORDS = 2
+OPCODE_MASK, FUNC_SHIFT, FUNC_MASK = bits(6, 0), 7, 7
+IOTINVAL, IOFENCE, IODIR = 1, 2, 3
+FUNC_VMA, FUNC_GVMA = 0, 1
+FUNC_FENCE_C = 0
+FUNC_INVAL_DDT, FUNC_INVAL_PDT = 0, 1
+#: IOTINVAL and IOFENCE: the operand ADDR is valid
+AV = 1 << 10
+IOTINVAL_PSCV, IOTINVAL_GV = 1 << 32, 1 << 33
+IOTINVAL_PSCID_SHIFT, IOTINVAL_GSCID_SHIFT = 12, 44
+IOTINVAL_ADDR_SHIFT = 10  # of the second word: IOVA >> 12
+IOFENCE_WSI, IOFENCE_PR, IOFENCE_PW = 1 << 11, 1 << 12, 1 << 13
+IOFENCE_DATA_SHIFT = 32
+IODIR_DV = 1 << 33
+IODIR_PID_SHIFT, IODIR_DID_SHIFT = 12, 40
+DID_BITS, PID_BITS_MAX = 24, 20
+#: reserved bits of the first and of the second word; without capabilities.NL and capabilities.S
+_COMMAND_RESERVED = {
+    IOTINVAL: (1 << 11 | bits(43, 34) | bits(63, 60), bits(9, 0) | bits(63, 62)),
+    IOFENCE: (bits(31, 14), bits(63, 62)),
+    IODIR: (bits(11, 10) | 1 << 32 | bits(39, 34), bits(63, 0)),
+}
+
+
+def _operation(opcode: int, func: int) -> int:
+    return opcode | func << FUNC_SHIFT
+
+
+def iotinval_vma(*, iova: int | None = None, pscid: int | None = None, gscid: int | None = None) -> Command:
+    """Forget translations of the first stage: of one page, one address space, one VM, or all of the host's.
+
+    :param gscid: None: translations without a second stage. :param iova: None: all, and non-leaf entries.
+    """
+    word = _operation(IOTINVAL, FUNC_VMA)
+    if pscid is not None:
+        word |= number_field("PSCID", pscid, PSCID_BITS) << IOTINVAL_PSCID_SHIFT | IOTINVAL_PSCV
+    return _iotinval(word, iova, gscid)
+
+
+def iotinval_gvma(*, iova: int | None = None, gscid: int | None = None) -> Command:
+    """Forget translations of the second stage. :param iova: guest physical, of a page; with ``gscid`` only.
+    :param gscid: None: of all VMs.
+    """
+    if iova is not None and gscid is None:
+        raise ValueError("IOTINVAL.GVMA takes an address only with a GSCID")
+    return _iotinval(_operation(IOTINVAL, FUNC_GVMA), iova, gscid)
+
+
+def _iotinval(word: int, iova: int | None, gscid: int | None) -> Command:
+    if gscid is not None:
+        word |= number_field("GSCID", gscid, GSCID_BITS) << IOTINVAL_GSCID_SHIFT | IOTINVAL_GV
+    if iova is None:
+        return word, 0
+    return word | AV, pa_field("page", iova, bits(63, 12)) >> 12 << IOTINVAL_ADDR_SHIFT
+
+
+def iofence_c(
+    status: tuple[int, int] | None = None, *, wsi: bool = False, reads: bool = True, writes: bool = True
+) -> Command:
+    """Wait until all commands before are done.
+
+    :param status: (pa, u32) that is stored then; pa 4-byte aligned. :param wsi: raise cqcsr.fence_w_ip.
+    :param reads: order DMA reads (PR). :param writes: order DMA writes (PW).
+    """
+    word = _operation(IOFENCE, FUNC_FENCE_C)
+    for bit, given in ((IOFENCE_WSI, wsi), (IOFENCE_PR, reads), (IOFENCE_PW, writes)):
+        word |= bit if given else 0
+    if status is None:
+        return word, 0
+    pa, data = status
+    word |= number_field("fence data", data, 32) << IOFENCE_DATA_SHIFT | AV
+    return word, pa_field("fence status", pa, bits(63, 2)) >> 2
+
+
+def iodir_inval_ddt(device_id: int | None = None) -> Command:
+    """Forget the cached context of a device, None: all directory entries of all devices."""
+    word = _operation(IODIR, FUNC_INVAL_DDT)
+    if device_id is None:
+        return word, 0
+    return word | IODIR_DV | number_field("device id", device_id, DID_BITS) << IODIR_DID_SHIFT, 0
+
+
+def iodir_inval_pdt(device_id: int, process_id: int) -> Command:
+    """Forget the cached process context of a device."""
+    word = _operation(IODIR, FUNC_INVAL_PDT) | IODIR_DV
+    word |= number_field("process id", process_id, PID_BITS_MAX) << IODIR_PID_SHIFT
+    return word | number_field("device id", device_id, DID_BITS) << IODIR_DID_SHIFT, 0
+
+
+class Kind(enum.Enum):
+    """What a command does."""
+
+    VMA = "IOTINVAL.VMA"
+    GVMA = "IOTINVAL.GVMA"
+    FENCE = "IOFENCE.C"
+    DDT = "IODIR.INVAL_DDT"
+    PDT = "IODIR.INVAL_PDT"
+
+
+_KINDS = {
+    (IOTINVAL, FUNC_VMA): Kind.VMA,
+    (IOTINVAL, FUNC_GVMA): Kind.GVMA,
+    (IOFENCE, FUNC_FENCE_C): Kind.FENCE,
+    (IODIR, FUNC_INVAL_DDT): Kind.DDT,
+    (IODIR, FUNC_INVAL_PDT): Kind.PDT,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoded:
+    """A command; an operand that is not valid is None.
+
+    :param iova: page of IOTINVAL. :param status: (pa, u32) that IOFENCE.C stores. :param wsi: it raises
+        cqcsr.fence_w_ip. :param reads: PR. :param writes: PW.
+    """
+
+    kind: Kind
+    pscid: int | None = None
+    gscid: int | None = None
+    iova: int | None = None
+    status: tuple[int, int] | None = None
+    wsi: bool = False
+    reads: bool = False
+    writes: bool = False
+    device_id: int | None = None
+    process_id: int | None = None
+
+
+def _field(word: int, shift: int, width: int) -> int:
+    return word >> shift & ((1 << width) - 1)
+
+
+def device_id_bits(regs: Registers) -> int:
+    """Bits of a device id that the directory of ``ddtp`` has room for; 24 where there is none."""
+    levels = LEVELS_OF_DDTP.get(regs.ddtp & DDTP_MODE_MASK, 3)
+    return DID_BITS if levels == 3 else (6 if regs.extended else 7) + 9 * (levels - 1)
+
+
+def decode_command(words: Sequence[int], regs: Registers) -> Decoded | None:
+    """Two words from the queue; None where hardware sets cqcsr.cmd_ill: a reserved encoding or bit, or what
+    its capabilities do not have (ATS commands, the NL and S operands).
+    """
+    low, high = words
+    reserved = _COMMAND_RESERVED.get(low & OPCODE_MASK)
+    kind = _KINDS.get((low & OPCODE_MASK, low >> FUNC_SHIFT & FUNC_MASK))
+    if kind is None or reserved is None or low & reserved[0] or high & reserved[1]:
+        return None
+    if kind in (Kind.VMA, Kind.GVMA):
+        if kind is Kind.GVMA and low & IOTINVAL_PSCV:
+            return None
+        return Decoded(
+            kind=kind,
+            pscid=_field(low, IOTINVAL_PSCID_SHIFT, PSCID_BITS) if low & IOTINVAL_PSCV else None,
+            gscid=_field(low, IOTINVAL_GSCID_SHIFT, GSCID_BITS) if low & IOTINVAL_GV else None,
+            iova=_field(high, IOTINVAL_ADDR_SHIFT, 52) << 12 if low & AV else None,
+        )
+    if kind is Kind.FENCE:
+        if low & IOFENCE_WSI and not regs.fctl & FCTL_WSI:
+            return None
+        return Decoded(
+            kind=kind,
+            status=(high << 2, low >> IOFENCE_DATA_SHIFT) if low & AV else None,
+            wsi=bool(low & IOFENCE_WSI),
+            reads=bool(low & IOFENCE_PR),
+            writes=bool(low & IOFENCE_PW),
+        )
+    return _decode_iodir(kind, low, regs)
+
+
+def _decode_iodir(kind: Kind, low: int, regs: Registers) -> Decoded | None:
+    device_id = _field(low, IODIR_DID_SHIFT, DID_BITS) if low & IODIR_DV else None
+    process_id = _field(low, IODIR_PID_SHIFT, PID_BITS_MAX)
+    if device_id is not None and device_id >> device_id_bits(regs):
+        return None
+    if kind is Kind.DDT:
+        return None if process_id else Decoded(kind=kind, device_id=device_id)
+    width = max((PID_BITS[mode] for mode, cap in _CAP_PDTP.items() if regs.caps & cap), default=8)
+    if device_id is None or process_id >> width:
+        return None
+    return Decoded(kind=kind, device_id=device_id, process_id=process_id)
+
+
+# -- fault records (specification, "Fault/Event-Queue"; Linux RISCV_IOMMU_FQ_*) ---------------------------
+FAULT_WORDS = 4
+FAULT_CAUSE_MASK = bits(11, 0)
+FAULT_PID_SHIFT, FAULT_TTYP_SHIFT, FAULT_TTYP_BITS, FAULT_DID_SHIFT = 12, 34, 6, 40
+FAULT_PV, FAULT_PRIV = 1 << 32, 1 << 33
+
+
+class Ttyp(enum.IntEnum):
+    """Type of the transaction that faulted."""
+
+    NONE = 0
+    EXECUTE = 1
+    READ = 2
+    WRITE = 3
+    TRANSLATED_EXECUTE = 5
+    TRANSLATED_READ = 6
+    TRANSLATED_WRITE = 7
+    ATS_REQUEST = 8
+    MESSAGE_REQUEST = 9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaultRecord:
+    """One record of the fault queue.
+
+    :param cause: :class:`FaultReason`, 12 bits. :param ttyp: :class:`Ttyp`, 6 bits. :param iotval: the IOVA
+        of most causes. :param iotval2: the guest physical address of a second-stage fault.
+    :param process_id: None: a request without (PV = 0).
+    """
+
+    cause: int
+    ttyp: int
+    device_id: int
+    iotval: int = 0
+    iotval2: int = 0
+    process_id: int | None = None
+    privileged: bool = False
+
+    def words(self) -> tuple[int, int, int, int]:
+        """The four words of the record. :raises ValueError: a field is too wide."""
+        word = number_field("cause", int(self.cause), 12)
+        word |= number_field("TTYP", int(self.ttyp), FAULT_TTYP_BITS) << FAULT_TTYP_SHIFT
+        word |= number_field("device id", self.device_id, DID_BITS) << FAULT_DID_SHIFT
+        if self.process_id is not None:
+            pid = number_field("process id", self.process_id, PID_BITS_MAX)
+            word |= FAULT_PV | pid << FAULT_PID_SHIFT | (FAULT_PRIV if self.privileged else 0)
+        elif self.privileged:
+            raise ValueError("a request without a process id is not privileged")
+        return word, 0, number_field("iotval", self.iotval, 64), number_field("iotval2", self.iotval2, 64)
+
+
+def decode_fault(words: Sequence[int]) -> FaultRecord:
+    """The record in four words; the custom and reserved second word is not looked at."""
+    head, _, iotval, iotval2 = words
+    has_pid = bool(head & FAULT_PV)
+    return FaultRecord(
+        cause=head & FAULT_CAUSE_MASK,
+        ttyp=_field(head, FAULT_TTYP_SHIFT, FAULT_TTYP_BITS),
+        device_id=_field(head, FAULT_DID_SHIFT, DID_BITS),
+        iotval=iotval,
+        iotval2=iotval2,
+        process_id=_field(head, FAULT_PID_SHIFT, PID_BITS_MAX) if has_pid else None,
+        privileged=has_pid and bool(head & FAULT_PRIV),
+    )
