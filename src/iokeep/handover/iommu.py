@@ -29,7 +29,12 @@ U32_MAX = (1 << 32) - 1
 #: no domain, no IOAS: an index that is never used
 NONE = U32_MAX
 #: how a device or an IOMMU translates; the code in the record is the position + 1
-MODES = ("legacy", "scalable", "scalable-fs", "scalable-ss")
+MODES = (
+    *("legacy", "scalable", "scalable-fs", "scalable-ss"),  # VT-d
+    "v1",  # AMD-Vi
+    *("stage-1", "stage-2"),  # SMMUv3
+    *("first-stage", "second-stage"),  # RISC-V
+)
 #: bits of an area's ``flags``: FIXED_IOVA as in IOMMU_IOAS_MAP (include/uapi/linux/iommufd.h)
 AREA_FIXED_IOVA = 1
 
@@ -241,9 +246,10 @@ class DeviceRecord:
 
 @dataclass(frozen=True, slots=True)
 class IommuHwRecord:
-    """An IOMMU: ``register_base`` pa of its registers, ``root_table`` the RTADDR value, ``mode``,
-    ``version`` (u32, the register), ``structure_pages``: pa of every root, context, PASID and queue page,
-    increasing.
+    """An IOMMU: ``register_base`` pa of its registers, ``root_table`` the value of the register that the way
+    to every table begins at (RTADDR_REG, DEV_TAB_BAR, STRTAB_BASE, ddtp), ``mode``, ``version`` (u32, the
+    register, 0 = there is none), ``structure_pages``: pa of every page of the tables between that register
+    and the page tables, increasing.
     """
 
     register_base: int

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from iokeep.errors import IokeepError
+from iokeep.errors import InputError, IokeepError
 from iokeep.handover.iommu import DomainRecord
 from iokeep.pt.compare import Mismatch, Verdict
 from iokeep.pt.diff import diff
@@ -25,7 +25,6 @@ from iokeep.pt.extents import Extents
 from iokeep.pt.formats.base import Format
 from iokeep.pt.layout import compare_layouts, kernel_layout, table_layout
 from iokeep.pt.registry import open_format
-from iokeep.pt.roots.base import RootFault
 from iokeep.pt.verify import verify
 from iokeep.soft.kernel.device import IommufdDevice
 from iokeep.soft.kernel.files import Ioctl
@@ -270,6 +269,7 @@ class Priors:
     def _wrong_root(self, prior: PriorDomain) -> Mismatch | None:
         """What hardware uses is not what the record says."""
         for dev in sorted(prior.devices, key=lambda d: d.bdf):
+            recorded = ""
             try:
                 info = self.kernel.iommu.root_of(dev)
                 found: int | None = info.root_pa
@@ -278,12 +278,21 @@ class Priors:
                     prior.record.domain_id,
                     prior.record.format,
                 )
-                text = f"root {info.root_pa:#x} ({info.format}, domain id {info.domain_id})"
-            except RootFault as error:
+                # What the structures state of the table's shape; the rest is no hardware's to know.
+                stated = [key for key in info.root.config if key in info.fmt.config]
+                shapes = [
+                    ", ".join(f"{key} {fmt.config.get(key)}" for key in stated)
+                    for fmt in (info.fmt, prior.fmt)
+                ]
+                right = right and shapes[0] == shapes[1]
+                text = f"root {info.root_pa:#x} ({info.format}, {shapes[0]}, domain id {info.domain_id})"
+                if found == prior.record.root_pa:
+                    recorded = f" ({prior.record.format}, {shapes[1]}, domain id {prior.record.domain_id})"
+            except InputError as error:  # RootFault, or a shape that the format does not have
                 found, right, text = None, False, error.what
             if not right:
                 wanted = prior.record.root_pa
-                text = f"hardware translates {dev.name} by {text}, the record has root {wanted:#x}"
+                text = f"hardware translates {dev.name} by {text}, the record has root {wanted:#x}{recorded}"
                 return Mismatch(0, _MAX, wanted, 0, found, 0, "root", None, text)
         return None
 

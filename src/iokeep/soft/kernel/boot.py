@@ -43,7 +43,7 @@ from iokeep.soft.kernel.frames import (
     pfns_of,
 )
 from iokeep.soft.kernel.freeze import Freeze
-from iokeep.soft.kernel.iommu import Inherited
+from iokeep.soft.kernel.iommu import Inherited, holds_root
 from iokeep.soft.kernel.kho import KhoOut
 from iokeep.soft.kernel.liveupdate import LiveUpdateDevice
 from iokeep.soft.kernel.luo import FileHandler, IncomingFile, IncomingSession, Luo
@@ -396,12 +396,15 @@ class Carrier:
         pages = record.table_pages
         if not len(pages):
             raise Damaged(f"domain {record.index} has no table pages")
-        fault, root_pa = "", record.root_pa
-        if not bool((pages == np.uint64(root_pa)).any()):
-            fault = f"root {root_pa:#x} is not among its {len(pages)} table pages"
-            root_pa = int(pages[0])  # never used: ADOPT and COMPARE refuse a record with a fault
+        fault = ""
+        if not holds_root(open_format(record.format, dict(record.config)), record.root_pa, pages):
+            fault = f"root {record.root_pa:#x} is not among its {len(pages)} table pages"
         prior = self.priors.add(record, pfns, fault)
-        prior.domain = self.kernel.iommu.restore_domain(prior.fmt, root_pa, record.domain_id, pages)
+        driver = self.kernel.iommu
+        if fault:
+            prior.domain = driver.hold_domain(prior.fmt, record.domain_id, pages)
+        else:
+            prior.domain = driver.restore_domain(prior.fmt, record.root_pa, record.domain_id, pages)
 
     def _all_finished(self) -> None:
         """The last incoming session is finished: what nobody claimed is freed."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Devices of an iommufd: bind, attach, replace, detach (drivers/iommu/iommufd/device.c).
 
-Every device is the only one of its IOMMU group, as VT-d with ACS makes it.
+Every device is the only one of its IOMMU group, as ACS makes it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from iokeep.mem.ranges import Range
 from iokeep.soft.kernel.hwpt import HwptPaging
 from iokeep.soft.kernel.ioas import Ioas
 from iokeep.soft.kernel.objects import IommufdObject
@@ -18,9 +17,6 @@ from iokeep.soft.kernel.syserror import SysError
 if TYPE_CHECKING:
     from iokeep.soft.kernel.iommu import PciDevice
     from iokeep.soft.kernel.iommufd import Iommufd
-
-#: IOMMU_RESV_MSI of every PCI device on x86 (intel_iommu_get_resv_regions: IOAPIC_RANGE_START ... END)
-MSI_WINDOW = Range(0xFEE00000, 0xFEEFFFFF)
 
 
 class IommufdDevice(IommufdObject):
@@ -110,11 +106,20 @@ class IommufdDevice(IommufdObject):
         for check in self.iommufd.kernel.attach_checks:
             check(self, hwpt)
 
+    def _reserve(self, hwpt: HwptPaging) -> None:
+        """iopt_table_enforce_dev_resv_regions. :raises SysError: nothing is reserved then."""
+        for wanted in self.iommufd.kernel.iommu.RESERVED:
+            try:
+                hwpt.ioas.reserve(wanted, self)
+            except SysError:
+                hwpt.ioas.unreserve(self)
+                raise
+
     def attach_hwpt(self, hwpt: HwptPaging) -> None:
         """iommufd_hw_pagetable_attach for a device that is not attached."""
         kernel = self.iommufd.kernel
         self._check(hwpt)
-        hwpt.ioas.reserve(MSI_WINDOW, self)
+        self._reserve(hwpt)
         before = self.dev.domain
         try:
             kernel.iommu.set_domain(self.dev, hwpt.domain)
@@ -139,7 +144,7 @@ class IommufdDevice(IommufdObject):
         self._check(hwpt)
         other_ioas = hwpt.ioas is not old.ioas
         if other_ioas:
-            hwpt.ioas.reserve(MSI_WINDOW, self)
+            self._reserve(hwpt)
         before = self.dev.domain
         try:
             kernel.iommu.set_domain(self.dev, hwpt.domain)

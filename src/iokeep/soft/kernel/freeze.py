@@ -101,10 +101,12 @@ class Freeze:
         ram = self.kernel.frames.ram
         pages: list[int] = []
 
-        def alloc(n: int) -> U64:
-            pas = [self.out.alloc(1, True) for _ in range(n)]
-            pages.extend(pas)
-            return np.array(pas, np.uint64)
+        def alloc(n: int, size: int = 0) -> U64:
+            size = size or domain.fmt.table_bytes
+            pas = self.out.alloc_tables(n, size)
+            for pa in pas.tolist():
+                pages.extend(range(pa, pa + size, FRAME_BYTES))
+            return pas
 
         old, _ = extents(domain.fmt, ram, domain.root_pa)
         if not len(old):
@@ -121,7 +123,7 @@ class Freeze:
             rows.append((cut, last, pa, prot))
         else:  # single pages only: it shows the frame of another one
             rows.append((cut, last, int(old.pa[0 if longest else -1]), prot))
-        table = Table.create(domain.fmt, ram, alloc, lambda gone: None)
+        table = Table.create(domain.fmt, ram, alloc, lambda *gone: None)
         table.map(Extents.of(rows))
         self.kernel.log(f"stale_root: domain {domain.domain_id} is recorded with root {table.root_pa:#x}")
         return table.root_pa, np.array(sorted(pages), np.uint64)

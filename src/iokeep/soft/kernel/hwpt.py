@@ -55,12 +55,12 @@ class HwptPaging(IommufdObject):
         if flags & ~_VALID_FLAGS:
             raise SysError(errno.EOPNOTSUPP, f"HWPT_ALLOC flags {flags:#x}")
         if flags & uapi.IOMMU_HWPT_ALLOC_DIRTY_TRACKING:
-            raise SysError(errno.EOPNOTSUPP, "this IOMMU has no dirty tracking (ECAP.SLADS)")
+            raise SysError(errno.EOPNOTSUPP, "this IOMMU has no dirty tracking")
         if flags & uapi.IOMMU_HWPT_FAULT_ID_VALID and flags & uapi.IOMMU_HWPT_ALLOC_NEST_PARENT:
             raise SysError(errno.EOPNOTSUPP, "a nesting parent cannot have a fault queue")
-        # intel_iommu_domain_alloc_paging_flags
+        # intel_iommu_domain_alloc_paging_flags; no driver here has nested domains
         if flags & uapi.IOMMU_HWPT_ALLOC_NEST_PARENT:
-            raise SysError(errno.EOPNOTSUPP, "this IOMMU has no nested translation (ECAP.NEST)")
+            raise SysError(errno.EOPNOTSUPP, "this IOMMU has no nested translation")
         if data_type != uapi.IOMMU_HWPT_DATA_NONE:
             raise SysError(errno.EOPNOTSUPP, f"HWPT_ALLOC of a paging domain with data of type {data_type}")
         hwpt = cls(iommufd, ioas, iommufd.kernel.iommu.alloc_domain(), auto_domain=immediate)

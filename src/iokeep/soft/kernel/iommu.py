@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from iokeep.errors import IokeepError
+from iokeep.mem.ranges import Range
 from iokeep.pt.build import AlreadyMapped, Table
 from iokeep.pt.extents import Extents
 from iokeep.pt.formats.base import Format
@@ -77,20 +78,25 @@ class Domain:
         self, iommu: Iommu, fmt: Format, domain_id: int, root_pa: int | None = None, pages: U64 | None = None
     ) -> None:
         self.iommu = iommu
-        self.fmt = fmt
         self.domain_id = domain_id
         self.devices: set[PciDevice] = set()
         self._pfns: set[int] = set()
         self._unlinked: list[I64] = []
         self._freed = False
+        #: bytes of a table where the table code names no size
+        self._table_bytes = fmt.table_bytes
         ram = iommu.kernel.frames.ram
+        if pages is not None:
+            self._pfns.update(pfns_of(pages).tolist())
         if root_pa is None:
             self.table = Table.create(fmt, ram, self._alloc, self._unlink)
         else:
-            self._pfns.update(
-                pfns_of(pages if pages is not None else np.array([root_pa], np.uint64)).tolist()
-            )
             self.table = Table(fmt, ram, root_pa, self._alloc, self._unlink)
+
+    @property
+    def fmt(self) -> Format:
+        """Format of the table, with the levels that it has now."""
+        return self.table.fmt
 
     @property
     def levels(self) -> int:
@@ -104,8 +110,13 @@ class Domain:
 
     @property
     def aperture_last(self) -> int:
-        """Last IOVA that the domain can map: of the first stage's sign-extended space the lower half."""
-        return (1 << (self.fmt.input_lg2 - self.fmt.sign_extend)) - 1
+        """Last IOVA that the domain can map: of the first stage's sign-extended space the lower half; of a
+        table that grows, what its largest size reaches.
+        """
+        fmt = self.fmt
+        while (larger := self.iommu.larger(fmt)) is not None:
+            fmt = larger
+        return (1 << (fmt.input_lg2 - fmt.sign_extend)) - 1
 
     @property
     def table_pfns(self) -> I64:
@@ -114,17 +125,19 @@ class Domain:
 
     @property
     def table_pages(self) -> U64:
-        """pas of all table pages, sorted."""
+        """pas of all table pages of 4096 bytes, sorted: a larger table is several of them."""
         return pas_of(self.table_pfns)
 
     # ---- what iommu_domain_ops do
 
     def map(self, extents: Extents, max_lg2: int | None = None) -> None:
-        """Map all of ``extents`` (iommu_map for each run).
+        """Map all of ``extents`` (iommu_map for each run). A table that can grow does so where they need it.
 
-        :raises SysError: ENOMEM, EADDRINUSE; nothing is mapped then.
+        :raises SysError: ENOMEM, EADDRINUSE, ERANGE; nothing is mapped then.
         """
         try:
+            if len(extents):
+                self._grow(int(extents.last[-1]))
             self.table.map(extents, max_lg2)
         except OutOfMemory as error:
             raise SysError(errno.ENOMEM, f"domain {self.domain_id}: {error}") from error
@@ -134,6 +147,22 @@ class Domain:
             raise SysError(errno.ERANGE, f"domain {self.domain_id}: {error}") from error
         if self._unlinked:
             self._release_unlinked()
+
+    def _grow(self, last: int) -> None:
+        """New levels on top until the table reaches ``last`` (iova), or cannot grow any more. :raises
+        SysError: what the driver refuses; the table is as it was before that level.
+        """
+        while last >> self.fmt.input_lg2 and (fmt := self.iommu.larger(self.fmt)) is not None:
+            before = self.table
+            self.table = before.grown(fmt)
+            try:
+                self.iommu.grow(self)
+            except BaseException:
+                root = pfns_of(np.array([self.root_pa], np.uint64))
+                self.table = before
+                self._pfns.difference_update(root.tolist())
+                self.iommu.kernel.frames.put(root)
+                raise
 
     def unmap(self, iova: int, last: int) -> None:
         """Unmap [iova, last] and flush: no DMA reaches the pages when it returns (iommu_unmap_nofail).
@@ -177,14 +206,23 @@ class Domain:
 
     # ---- table pages
 
-    def _alloc(self, n: int) -> U64:
-        pfns = self.iommu.kernel.frames.alloc(n, TAG_KERNEL, Kind.PGTABLE)
-        self._pfns.update(pfns.tolist())
+    def _alloc(self, n: int, size: int = 0) -> U64:
+        """n zeroed tables of ``size`` bytes, a power of two; 0: of the format's. One smaller than a page has
+        the page to itself (iommu_alloc_pages_node_sz()).
+        """
+        order = max(0, (size or self._table_bytes).bit_length() - 1 - FRAME_SHIFT)
+        pfns = self.iommu.kernel.frames.alloc(n, TAG_KERNEL, Kind.PGTABLE, order=order)
+        self._pfns.update(self._frames_of(pfns, order).tolist())
         return pas_of(pfns)
 
-    def _unlink(self, pas: U64) -> None:
-        """Pages that no item points to any more; hardware may still have them in its caches."""
-        self._unlinked.append(pfns_of(pas))
+    def _unlink(self, pas: U64, size: int = 0) -> None:
+        """Tables that no item points to any more; hardware may still have them in its caches."""
+        order = max(0, (size or self._table_bytes).bit_length() - 1 - FRAME_SHIFT)
+        self._unlinked.append(self._frames_of(pfns_of(pas), order))
+
+    @staticmethod
+    def _frames_of(firsts: I64, order: int) -> I64:
+        return (firsts[:, None] + np.arange(1 << order, dtype=np.int64)).reshape(-1)
 
     def _release_unlinked(self) -> None:
         self.iommu.flush_domain(self)
@@ -246,6 +284,17 @@ class Found:
         return open_format(self.root.format, dict(self.root.config))
 
 
+def holds_root(fmt: Format, root_pa: int, pages: U64) -> bool:
+    """Whether all of a root at ``root_pa`` lies in the ``pages`` (pas of 4096 bytes), aligned as hardware
+    wants it.
+    """
+    frame = 1 << FRAME_SHIFT
+    have = set(pages.tolist())
+    return root_pa % fmt.root_align == 0 and all(
+        pa in have for pa in range(root_pa & -frame, root_pa + fmt.root_bytes, frame)
+    )
+
+
 class Iommu(ABC):
     """The driver of the platform's IOMMU: what all kinds have in common.
 
@@ -260,6 +309,8 @@ class Iommu(ABC):
     MODES: ClassVar[tuple[str, ...]]
     #: the first id that a paging domain gets
     FIRST_ID: ClassVar[int] = 1
+    #: IOVAs that no area may have where a device is attached (iommu_get_resv_regions)
+    RESERVED: ClassVar[tuple[Range, ...]] = ()
     #: pa of the registers in the records, where firmware's tables would have them
     REGISTER_BASE: ClassVar[int]
 
@@ -371,8 +422,21 @@ class Iommu(ABC):
         """
         if domain_id in self.domains or not self.FIRST_ID <= domain_id < self.n_ids:
             raise IokeepError(f"domain id {domain_id} of a prior domain is taken")
-        if root_pa & -(1 << FRAME_SHIFT) not in set(table_pages.tolist()):
+        if not holds_root(fmt, root_pa, table_pages):
             raise IokeepError(f"root {root_pa:#x} of prior domain {domain_id} is not among its table pages")
+        return self._around(fmt, root_pa, domain_id, table_pages)
+
+    def hold_domain(self, fmt: Format, domain_id: int, table_pages: U64) -> Domain:
+        """As :meth:`restore_domain` where the root is not to be believed: a domain that keeps the frames, and
+        whose table is an empty one that no hardware uses.
+
+        :raises IokeepError: the id is taken.
+        """
+        if domain_id in self.domains or not self.FIRST_ID <= domain_id < self.n_ids:
+            raise IokeepError(f"domain id {domain_id} of a prior domain is taken")
+        return self._around(fmt, None, domain_id, table_pages)
+
+    def _around(self, fmt: Format, root_pa: int | None, domain_id: int, table_pages: U64) -> Domain:
         domain = Domain(self, fmt, domain_id, root_pa, table_pages)
         self.kernel.frames.give(pfns_of(table_pages), TAG_KERNEL, Kind.PGTABLE)
         self.domains[domain_id] = domain
@@ -382,6 +446,18 @@ class Iommu(ABC):
         """The domain is freed; its id may be used again."""
         if self.domains.get(domain.domain_id) is domain:
             del self.domains[domain.domain_id]
+
+    def larger(self, fmt: Format) -> Format | None:
+        """The format of a table of ``fmt`` that has one level more; None: it does not grow, or no further."""
+        return None
+
+    def grow(self, domain: Domain) -> None:
+        """The table of ``domain`` has a new root (``root_pa``, ``levels``), one level above the old one:
+        hardware uses it when this returns. Both roots translate the same until then.
+
+        :raises SysError: hardware goes on with the old root.
+        """
+        raise AssertionError(f"{self.NAME}: tables of {domain.fmt.name} do not grow")
 
     # ---- attachment
 

@@ -553,11 +553,11 @@ def iommufd_fault_alloc(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_fault_alloc)
 
 
 def iommufd_viommu_alloc_ioctl(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_viommu_alloc) -> None:
-    """IOMMU_VIOMMU_ALLOC: VT-d has no viommu ops."""
+    """IOMMU_VIOMMU_ALLOC: no driver here has viommu ops."""
     if cmd.flags or cmd.type == uapi.IOMMU_VIOMMU_TYPE_DEFAULT:
         raise SysError(errno.EOPNOTSUPP, f"vIOMMU of type {cmd.type}, flags {cmd.flags:#x}")
     ictx.device(cmd.dev_id)
-    raise SysError(errno.EOPNOTSUPP, "VT-d has no vIOMMU")
+    raise SysError(errno.EOPNOTSUPP, "this IOMMU has no vIOMMU")
 
 
 def iommufd_vdevice_alloc_ioctl(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_vdevice_alloc) -> None:

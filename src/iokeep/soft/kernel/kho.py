@@ -54,6 +54,21 @@ class KhoOut:
             self._runs.append((pfn, npages))
         return pfn << FRAME_SHIFT
 
+    def alloc_tables(self, n: int, size: int) -> U64:
+        """``n`` zeroed tables of ``size`` bytes, a power of two, aligned to it; they go into the tree. Their
+        pas; one smaller than a frame has it to itself.
+
+        :raises SysError: ENOMEM.
+        """
+        order = max(0, size.bit_length() - 1 - FRAME_SHIFT)
+        try:
+            pfns = self.frames.alloc(n, TAG_KERNEL, Kind.HANDOVER, order=order)
+        except OutOfMemory as error:
+            raise SysError(errno.ENOMEM, f"live update tables: {error}") from error
+        self._written.append((pfns[:, None] + np.arange(1 << order, dtype=np.int64)).reshape(-1))
+        self.preserve(pfns, order)
+        return pfns.astype(np.uint64) << np.uint64(FRAME_SHIFT)
+
     def preserve(self, pfns: I64 | U64, order: int = 0) -> None:
         """Blocks of ``2**order`` frames whose first pfns these are must survive."""
         self._blocks.append((np.asarray(pfns).astype(np.uint64), order))

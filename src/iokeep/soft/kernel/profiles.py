@@ -50,7 +50,14 @@ class Profile:
 
 
 _FORMATS: Mapping[str, frozenset[str]] = MappingProxyType(
-    {"vtdss": frozenset(), "x86_64": frozenset({"sign_extend"})}
+    {
+        "vtdss": frozenset(),
+        "x86_64": frozenset({"sign_extend"}),
+        "amdv1": frozenset({"force_coherence"}),
+        "arm_lpae_s1": frozenset(),
+        "arm_lpae_s2": frozenset(),
+        "riscv64": frozenset({"svnapot", "sign_extend"}),
+    }
 )
 
 PROFILES: Mapping[str, Profile] = MappingProxyType(

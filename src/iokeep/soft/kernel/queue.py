@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The driver's side of VT-d queued invalidation (specification 6.5.2; drivers/iommu/intel/dmar.c
-qi_submit_sync).
+"""The driver's side of an IOMMU's command queue: a ring in frames, and a wait behind what was queued.
+
+What a command looks like, how its tail register is written and how the end of a wait shows, each driver
+says: VT-d's invalidation queue (drivers/iommu/intel/dmar.c, qi_submit_sync), AMD's command buffer
+(drivers/iommu/amd/iommu.c, iommu_queue_command_sync), SMMUv3's command queue (arm-smmu-v3.c,
+arm_smmu_cmdq_issue_cmdlist), RISC-V's (drivers/iommu/riscv/iommu.c, riscv_iommu_queue_send).
 """
 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from iokeep.pt.roots import vtd as codec
 from iokeep.soft.hardware.unit import FE_HEAD, FE_ONLINE, FE_PID
-from iokeep.soft.hardware.units import vtd as reg
 from iokeep.soft.kernel.frames import FRAME_BYTES, FRAME_SHIFT, I64, TAG_KERNEL, FrameAllocator, Kind
 
 if TYPE_CHECKING:
@@ -24,80 +28,135 @@ TIMEOUT = 10.0
 #: turns of the wait loop that do not sleep
 _SPIN = 64
 
+#: 64-bit words, lowest first; missing ones are 0
+Command = tuple[int, ...]
+
 
 class HardwareTimeout(Exception):
     """The IOMMU does not answer: the kernel cannot go on (it would be an oops on a real machine)."""
 
 
-class InvalidationQueue:
-    """A queue of 256 descriptors and a page for the status of waits.
+class CommandQueue(ABC):
+    """A ring of commands, and a page where hardware stores the ends of waits.
 
-    :param wide: descriptors of 256 bits, as scalable mode has them. :param pump: lets hardware in this very
-        process make progress; called in the wait loop.
+    :param name: what messages begin with. :param unit: the hardware.
+    :param frames: where the ring comes from.
+    :param command_bytes: of one command, a power of two. :param order: the ring has 2**order frames.
+    :param pump: lets hardware in this very process make progress; called in the wait loop.
     """
 
     def __init__(
-        self, regs: Unit, frames: FrameAllocator, *, wide: bool, pump: Callable[[], None] | None
+        self,
+        name: str,
+        unit: Unit,
+        frames: FrameAllocator,
+        *,
+        command_bytes: int,
+        order: int = 0,
+        pump: Callable[[], None] | None = None,
     ) -> None:
-        self._regs = regs
+        self.name = name
+        self.command_bytes = command_bytes
+        self.order = order
+        #: pa of the ring, and of the page for the ends of waits; 0 until :meth:`allocate`
+        self.pa = 0
+        self.status_pa = 0
+        self.unit = unit
         self._frames = frames
         self._pump = pump
-        self._wide = wide
-        self._step = 32 if wide else 16
-        self._order = 1 if wide else 0
-        self._pa = 0
-        self._status_pa = 0
-        self._tail = 0
+        #: number of the next command, modulo twice the ring: its highest bit is the wrap bit of SMMU
+        self._next = 0
         self._sequence = 0
         self._words32 = frames.ram.bytes.view(np.uint32)
 
     @property
+    def entries(self) -> int:
+        """Commands that the ring has room for, one more than can wait in it."""
+        return (FRAME_BYTES << self.order) // self.command_bytes
+
+    @property
     def pfns(self) -> I64:
-        """Frames of the queue and of the status page."""
-        first = self._pa >> FRAME_SHIFT
-        queue = np.arange(first, first + (1 << self._order), dtype=np.int64)
-        return np.append(queue, np.int64(self._status_pa >> FRAME_SHIFT))
+        """Frames of the ring and of the status page; none before :meth:`allocate`."""
+        if not self.pa:
+            return np.zeros(0, np.int64)
+        first = self.pa >> FRAME_SHIFT
+        ring = np.arange(first, first + (1 << self.order), dtype=np.int64)
+        return np.append(ring, np.int64(self.status_pa >> FRAME_SHIFT))
 
-    def start(self, command: int) -> int:
-        """Set the queue up in fresh frames and enable it (dmar_enable_qi); GCMD's value with QIE.
+    def allocate(self) -> None:
+        """The ring and the status page in fresh, zeroed frames; the next command is the first one.
 
-        A queue that an earlier kernel left enabled is stopped first: its memory is not ours.
-
-        :param command: the GCMD bits that stay as they are.
+        :raises OutOfMemory: at boot, where nothing can go on without it.
         """
-        regs = self._regs
-        regs.write32(reg.DMAR_GCMD_REG, command & ~reg.DMA_GCMD_QIE)
-        self._until(lambda: not regs.read32(reg.DMAR_GSTS_REG) & reg.DMA_GSTS_QIES, "queue disable")
-        pfn = int(self._frames.alloc(1, TAG_KERNEL, Kind.KERNEL, order=self._order)[0])
-        self._pa = pfn << FRAME_SHIFT
-        self._status_pa = int(self._frames.alloc(1, TAG_KERNEL, Kind.KERNEL)[0]) << FRAME_SHIFT
-        regs.write64(reg.DMAR_IQA_REG, self._pa | self._order | (reg.IQA_DW if self._wide else 0))
-        regs.write64(reg.DMAR_IQT_REG, 0)
-        self._tail = 0
-        command |= reg.DMA_GCMD_QIE
-        regs.write32(reg.DMAR_GCMD_REG, command)
-        self._until(lambda: bool(regs.read32(reg.DMAR_GSTS_REG) & reg.DMA_GSTS_QIES), "queue enable")
-        return command
+        ring = self._frames.alloc(1, TAG_KERNEL, Kind.KERNEL, order=self.order)
+        status = self._frames.alloc(1, TAG_KERNEL, Kind.KERNEL)
+        self.pa, self.status_pa = int(ring[0]) << FRAME_SHIFT, int(status[0]) << FRAME_SHIFT
+        self._next = 0
 
-    def submit(self, descriptors: Sequence[codec.Descriptor]) -> None:
-        """Queue descriptors and a wait, and return when every front-end has done them, with DMA drained.
+    def submit(self, commands: Sequence[Command]) -> None:
+        """Queue commands and a wait, and return when every front-end has done them, with DMA drained.
 
-        :raises HardwareTimeout: after :data:`TIMEOUT` seconds, or at an invalidation queue error.
+        More than the ring has room for go in several parts.
+
+        :raises HardwareTimeout: after :data:`TIMEOUT` seconds, or where hardware reports an error.
         """
-        self._sequence = self._sequence % 0xFFFFFFFF + 1
-        wait = codec.inv_wait(self._status_pa, self._sequence)
-        room = (FRAME_BYTES << self._order) // self._step
-        if len(descriptors) + 2 > room:
-            raise ValueError(f"{len(descriptors)} descriptors for a queue of {room}")
-        ram = self._frames.ram
-        for descriptor in (*descriptors, wait):
-            ram.write(self._pa + self._tail, codec.descriptor_bytes(descriptor, wide=self._wide))
-            self._tail = (self._tail + self._step) % (FRAME_BYTES << self._order)
-        self._regs.write64(reg.DMAR_IQT_REG, self._tail)
-        at = self._status_pa >> 2
-        self._until(lambda: int(self._words32[at]) == self._sequence, "invalidation wait")
+        room = self.entries - 2
+        for at in range(0, max(len(commands), 1), room):
+            self._sequence = self._sequence % 0xFFFFFFFF + 1
+            for command in (*commands[at : at + room], self._wait(self._sequence)):
+                self._put(command)
+            self._ring(self._next)
+            self.until(partial(self._done, self._next, self._sequence), "wait")
 
-    def _until(self, done: Callable[[], bool], what: str) -> None:
+    def _put(self, command: Command) -> None:
+        raw = self._encode(command)
+        if len(raw) != self.command_bytes:
+            raise ValueError(f"a command of {len(raw)} bytes in a queue of {self.command_bytes}")
+        self._frames.ram.write(self.pa + self._next % self.entries * self.command_bytes, raw)
+        self._next = (self._next + 1) % (2 * self.entries)
+
+    # ---- what the driver says
+
+    def _encode(self, command: Command) -> bytes:
+        """A command as it lies in memory; missing words are 0."""
+        return b"".join(word.to_bytes(8, "little") for word in command).ljust(self.command_bytes, b"\0")
+
+    @abstractmethod
+    def _wait(self, sequence: int) -> Command:
+        """A wait, number ``sequence`` (u32, never 0), that all commands before it are done at."""
+
+    @abstractmethod
+    def _ring(self, tail: int) -> None:
+        """Write the tail register. ``tail``: number of the next command, modulo twice :attr:`entries`."""
+
+    def _done(self, tail: int, sequence: int) -> bool:
+        """The wait is over: hardware has stored ``sequence`` as u32 in the status page, where a driver does
+        not say otherwise. ``tail`` as it was written.
+        """
+        return self.stored == sequence
+
+    @property
+    def stored(self) -> int:
+        """The first u32 of the status page."""
+        return int(self._words32[self.status_pa >> 2])
+
+    def _error(self) -> str:
+        """The error that hardware reports for the queue, "" = none."""
+        return ""
+
+    def _state(self) -> str:
+        """For messages: how far hardware has come."""
+        online = [
+            f"device {i} (pid {int(p[FE_PID])}, head {int(p[FE_HEAD]):#x})"
+            for i, p in enumerate(self.unit.front_ends)
+            if p[FE_ONLINE]
+        ]
+        return f"next command {self._next:#x}, front-ends online: {', '.join(online) or 'none'}"
+
+    # ---- waiting
+
+    def until(self, done: Callable[[], bool], what: str) -> None:
+        """Return when ``done``. :raises HardwareTimeout: see :meth:`submit`."""
         if done():
             return
         end = time.monotonic() + TIMEOUT
@@ -113,16 +172,9 @@ class InvalidationQueue:
                 continue
             time.sleep(0.00002 if turn < 2000 else 0.001)
             if turn % 64 == 0:
-                if self._regs.read32(reg.DMAR_FSTS_REG) & reg.DMA_FSTS_IQE:
-                    raise HardwareTimeout(f"DMAR: {what}: invalidation queue error, {self._state()}")
+                if error := self._error():
+                    raise HardwareTimeout(f"{self.name}: {what}: {error}, {self._state()}")
                 if time.monotonic() > end:
-                    raise HardwareTimeout(f"DMAR: {what}: no answer in {TIMEOUT:.0f} s, {self._state()}")
-
-    def _state(self) -> str:
-        pages = self._regs.front_ends
-        online = [
-            f"device {i} (pid {int(p[FE_PID])}, head {int(p[FE_HEAD]):#x})"
-            for i, p in enumerate(pages)
-            if p[FE_ONLINE]
-        ]
-        return f"tail {self._tail:#x}, front-ends online: {', '.join(online) or 'none'}"
+                    raise HardwareTimeout(
+                        f"{self.name}: {what}: no answer in {TIMEOUT:.0f} s, {self._state()}"
+                    )

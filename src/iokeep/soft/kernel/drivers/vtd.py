@@ -7,13 +7,14 @@ that of the root entry (legacy mode) or of the PASID directory entry (scalable m
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from iokeep.errors import IokeepError
+from iokeep.mem.ranges import Range
 from iokeep.pt.formats.base import Format
 from iokeep.pt.registry import open_format
 from iokeep.pt.roots import vtd as codec
@@ -31,10 +32,12 @@ from iokeep.soft.kernel.frames import (
     pfns_of,
 )
 from iokeep.soft.kernel.iommu import Domain, Inherited, Iommu, PciDevice
-from iokeep.soft.kernel.queue import InvalidationQueue
+from iokeep.soft.kernel.queue import Command, CommandQueue
 from iokeep.uapi import iommufd as uapi
 
 if TYPE_CHECKING:
+    from iokeep.soft.hardware.unit import Unit
+    from iokeep.soft.kernel.frames import FrameAllocator
     from iokeep.soft.kernel.kernel import Kernel
 
 #: RID_PASID of every context entry (IOMMU_NO_PASID)
@@ -62,6 +65,52 @@ class _Structures:
     pasids: dict[int, _Pasid] = field(default_factory=dict)
 
 
+class InvalidationQueue(CommandQueue):
+    """Queued invalidation (specification 6.5.2): 256 descriptors.
+
+    :param wide: descriptors of 256 bits, as scalable mode has them. The other parameters as the base has
+        them.
+    """
+
+    def __init__(
+        self, unit: Unit, frames: FrameAllocator, *, wide: bool, pump: Callable[[], None] | None
+    ) -> None:
+        step, order = (32, 1) if wide else (16, 0)
+        super().__init__("DMAR", unit, frames, command_bytes=step, order=order, pump=pump)
+        self._wide = wide
+
+    def start(self, command: int) -> int:
+        """Set the queue up in fresh frames and enable it (dmar_enable_qi); GCMD's value with QIE.
+
+        A queue that an earlier kernel left enabled is stopped first: its memory is not ours.
+
+        :param command: the GCMD bits that stay as they are.
+        """
+        regs = self.unit
+        regs.write32(reg.DMAR_GCMD_REG, command & ~reg.DMA_GCMD_QIE)
+        self.until(lambda: not regs.read32(reg.DMAR_GSTS_REG) & reg.DMA_GSTS_QIES, "queue disable")
+        self.allocate()
+        regs.write64(reg.DMAR_IQA_REG, self.pa | self.order | (reg.IQA_DW if self._wide else 0))
+        regs.write64(reg.DMAR_IQT_REG, 0)
+        command |= reg.DMA_GCMD_QIE
+        regs.write32(reg.DMAR_GCMD_REG, command)
+        self.until(lambda: bool(regs.read32(reg.DMAR_GSTS_REG) & reg.DMA_GSTS_QIES), "queue enable")
+        return command
+
+    def _wait(self, sequence: int) -> Command:
+        return codec.inv_wait(self.status_pa, sequence)
+
+    def _encode(self, command: Command) -> bytes:
+        w0, w1, w2, w3 = command
+        return codec.descriptor_bytes((w0, w1, w2, w3), wide=self._wide)
+
+    def _ring(self, tail: int) -> None:
+        self.unit.write64(reg.DMAR_IQT_REG, tail % self.entries * self.command_bytes)
+
+    def _error(self) -> str:
+        return "invalidation queue error" if self.unit.read32(reg.DMAR_FSTS_REG) & reg.DMA_FSTS_IQE else ""
+
+
 class Vtd(Iommu):
     """The VT-d of the platform.
 
@@ -73,6 +122,8 @@ class Vtd(Iommu):
     MODES = ("legacy", "scalable-fs", "scalable-ss")
     #: Linux never gives 0 and FLPT_DEFAULT_DID to a paging domain
     FIRST_ID = 2
+    #: intel_iommu_get_resv_regions: IOAPIC_RANGE_START ... END
+    RESERVED = (Range(0xFEE0_0000, 0xFEEF_FFFF),)
     REGISTER_BASE = 0xFED90000
 
     def __init__(self, kernel: Kernel) -> None:
@@ -168,7 +219,7 @@ class Vtd(Iommu):
         flush = [codec.inv_context_global()]
         if self.scalable:
             flush.append(codec.inv_pasid_cache(0, codec.PC_GLOBAL))
-        self._queue.submit([*flush, codec.inv_iotlb_global()])
+        self._submit([*flush, codec.inv_iotlb_global()])
         self._command |= reg.DMA_GCMD_TE
         self.regs.write32(reg.DMAR_GCMD_REG, self._command)
         self.kernel.log(
