@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 
@@ -49,3 +51,78 @@ def subtract(ranges: list[Range], holes: list[Range]) -> list[Range]:
         if start <= r.last:
             out.append(Range(start, r.last))
     return out
+
+
+class RangeSet:
+    """Values as closed ranges: sorted, disjoint, maximal. Empty when made, and then O(1).
+
+    Every method costs O(log n) and what it touches; :meth:`add` and :meth:`discard` move list tails as well.
+    """
+
+    __slots__ = ("_lasts", "_starts")
+
+    def __init__(self, ranges: Iterable[tuple[int, int]] = ()) -> None:
+        self._starts: list[int] = []
+        self._lasts: list[int] = []
+        for start, last in ranges:
+            self.add(start, last)
+
+    def __bool__(self) -> bool:
+        return bool(self._starts)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __iter__(self) -> Iterator[Range]:
+        return (Range(a, b) for a, b in zip(self._starts, self._lasts, strict=True))
+
+    @property
+    def size(self) -> int:
+        """How many values there are."""
+        return sum(self._lasts) - sum(self._starts) + len(self._starts)
+
+    def add(self, start: int, last: int) -> None:
+        """All of [start, last]; touching ranges are joined."""
+        a, b = bisect_left(self._lasts, start - 1), bisect_right(self._starts, last + 1)
+        if a < b:
+            start, last = min(start, self._starts[a]), max(last, self._lasts[b - 1])
+        self._starts[a:b], self._lasts[a:b] = [start], [last]
+
+    def discard(self, start: int, last: int) -> None:
+        """Nothing of [start, last] any more."""
+        a, b = self._touching(start, last)
+        if a == b:
+            return
+        first, end = self._starts[a], self._lasts[b - 1]
+        starts, lasts = [], []
+        if first < start:
+            starts.append(first)
+            lasts.append(start - 1)
+        if last < end:
+            starts.append(last + 1)
+            lasts.append(end)
+        self._starts[a:b], self._lasts[a:b] = starts, lasts
+
+    def within(self, start: int, last: int) -> list[Range]:
+        """What of [start, last] is in the set."""
+        a, b = self._touching(start, last)
+        return [Range(max(start, self._starts[i]), min(last, self._lasts[i])) for i in range(a, b)]
+
+    def outside(self, start: int, last: int) -> list[Range]:
+        """What of [start, last] is not."""
+        out = []
+        for r in self.within(start, last):
+            if start < r.start:
+                out.append(Range(start, r.start - 1))
+            start = r.last + 1
+        if start <= last:
+            out.append(Range(start, last))
+        return out
+
+    def touches(self, start: int, last: int) -> bool:
+        """Whether any of [start, last] is in the set."""
+        a, b = self._touching(start, last)
+        return a < b
+
+    def _touching(self, start: int, last: int) -> tuple[int, int]:
+        return bisect_left(self._lasts, start), bisect_right(self._starts, last)
