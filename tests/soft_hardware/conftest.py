@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A machine with just enough of a kernel to program its IOMMU."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -10,6 +13,9 @@ from iokeep.pt.registry import open_format
 from iokeep.pt.roots import vtd
 from iokeep.soft.hardware.platform import Platform
 from iokeep.soft.hardware.units import vtd as r
+
+# The helpers of this directory become importable (tests have no packages).
+sys.path.insert(0, str(Path(__file__).parent))
 
 MODES = ("legacy", "scalable-ss", "scalable-fs")
 

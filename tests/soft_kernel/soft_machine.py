@@ -230,11 +230,13 @@ class Caller:
 _boots = itertools.count()
 
 
-def boot(ram: int = 32 * MIB, devices: int = 2, **params: str) -> Kernel:
-    """A booted kernel on a new platform; ``__`` in a parameter's name stands for a dot."""
+def boot(ram: int = 32 * MIB, devices: int = 2, kind: str = "vtd", **params: str) -> Kernel:
+    """A booted kernel on a new platform with an IOMMU of a ``kind``; ``__`` in a parameter's name stands for
+    a dot.
+    """
     if next(_boots) % 32 == 0:
         gc.collect()  # a kernel and its modules refer to each other: its mapped memfds go with the collector
-    platform = Platform.create(ram, devices)
+    platform = Platform.create(ram, devices, iommu=kind)
     words = Params({key.replace("__", "."): value for key, value in params.items()})
     kernel = Kernel(platform, "soft-7.3", words, Klog(None))
     install(kernel)

@@ -62,14 +62,14 @@ ATP_BARE = 0
 LEVELS_OF_ATP = {8: 3, 9: 4, 10: 5}
 ATP_OF_LEVELS = {levels: mode for mode, levels in LEVELS_OF_ATP.items()}
 #: capabilities bit of each first-stage and second-stage mode
-_CAP_FIRST = {8: 1 << 9, 9: 1 << 10, 10: 1 << 11}
-_CAP_SECOND = {8: 1 << 17, 9: 1 << 18, 10: 1 << 19}
+CAP_FIRST = {8: 1 << 9, 9: 1 << 10, 10: 1 << 11}
+CAP_SECOND = {8: 1 << 17, 9: 1 << 18, 10: 1 << 19}
 
 # -- process directory ---------------------------------------------------------------------------------
 #: pdtp.MODE -> levels; a process id is PDI[0] of 8 bits, PDI[1] of 9, PDI[2] of 3
 LEVELS_OF_PDTP = {1: 1, 2: 2, 3: 3}
 PID_BITS = {1: 8, 2: 17, 3: 20}
-_CAP_PDTP = {1: 1 << 38, 2: 1 << 39, 3: 1 << 40}
+CAP_PDTP = {1: 1 << 38, 2: 1 << 39, 3: 1 << 40}
 PC_TA_RESERVED = bits(11, 3) | bits(63, 32)
 
 
@@ -188,7 +188,7 @@ def find_root(mem: Memory, regs: Registers, device_id: int, process_id: int | No
     if any(index[levels:]):
         why = f"device id {device_id:#x} is wider than a directory of {levels} levels"
         raise RootFault(FaultReason.TTYP_BLOCKED, where, (), why)
-    table = (regs.ddtp & PPN_MASK) >> PPN_SHIFT << 12
+    table = ppn_pa(regs.ddtp)
     path: Path = ()
     for level in range(levels - 1, 0, -1):
         table, path = _next(mem, "ddte", table + index[level] * 8, path, _DDT)
@@ -196,6 +196,11 @@ def find_root(mem: Memory, regs: Registers, device_id: int, process_id: int | No
     pa = table + index[0] * words * 8
     path = read_step(mem, "dc", pa, words, path, RootFault, FaultReason.DDT_LOAD_FAULT)
     return of_device_context(mem, regs, path, process_id)
+
+
+def ppn_pa(word: int) -> int:
+    """pa that ``ddtp`` or a directory entry leads to."""
+    return (word & PPN_MASK) >> PPN_SHIFT << 12
 
 
 def _next(mem: Memory, name: str, pa: int, path: Path, codes: Codes) -> tuple[int, Path]:
@@ -206,7 +211,7 @@ def _next(mem: Memory, name: str, pa: int, path: Path, codes: Codes) -> tuple[in
         raise refuse(RootFault, codes[1], path)
     if entry & NON_LEAF_RESERVED:
         raise refuse(RootFault, codes[2], path, "a reserved bit is set")
-    return (entry & PPN_MASK) >> PPN_SHIFT << 12, path
+    return ppn_pa(entry), path
 
 
 def _bad_dc(path: Path, why: str) -> base.RootFault:
@@ -237,7 +242,7 @@ def _check_dc(regs: Registers, path: Path) -> None:
         (not tc & TC_PDTV and tc & TC_DPE, "DPE without PDTV"),
         (not caps & CAP_AMO_HWAD and tc & (TC_SADE | TC_GADE), "SADE or GADE without AMO_HWAD"),
         (
-            hmode != ATP_BARE and not caps & _CAP_SECOND.get(hmode, 0),
+            hmode != ATP_BARE and not caps & CAP_SECOND.get(hmode, 0),
             f"iohgatp.MODE {hmode} is not supported",
         ),
         (hmode != ATP_BARE and iohgatp & 3, "the second-stage root is not aligned to 16 KiB"),
@@ -250,7 +255,7 @@ def _check_dc(regs: Registers, path: Path) -> None:
         if mode > MSIPTP_FLAT or (mode != MSIPTP_OFF and hmode == ATP_BARE):
             raise _bad_dc(path, f"msiptp.MODE {mode}")
     fmode = fsc >> ATP_MODE_SHIFT
-    supported = _CAP_PDTP if tc & TC_PDTV else _CAP_FIRST
+    supported = CAP_PDTP if tc & TC_PDTV else CAP_FIRST
     if fmode != ATP_BARE and not caps & supported.get(fmode, 0):
         raise _bad_dc(path, f"fsc.MODE {fmode} is not supported")
 
@@ -336,7 +341,7 @@ def _process_context(mem: Memory, regs: Registers, pdtp: int, process_id: int, p
     mode = fsc >> ATP_MODE_SHIFT
     if ta & PC_TA_RESERVED or fsc & FSC_RESERVED:
         raise refuse(RootFault, FaultReason.PDT_MISCONFIGURED, path, "a reserved bit is set")
-    if mode != ATP_BARE and not regs.caps & _CAP_FIRST.get(mode, 0):
+    if mode != ATP_BARE and not regs.caps & CAP_FIRST.get(mode, 0):
         raise refuse(RootFault, FaultReason.PDT_MISCONFIGURED, path, f"fsc.MODE {mode} is not supported")
     return path
 
@@ -574,7 +579,7 @@ def _decode_iodir(kind: Kind, low: int, regs: Registers) -> Decoded | None:
         return None
     if kind is Kind.DDT:
         return None if process_id else Decoded(kind=kind, device_id=device_id)
-    width = max((PID_BITS[mode] for mode, cap in _CAP_PDTP.items() if regs.caps & cap), default=8)
+    width = max((PID_BITS[mode] for mode, cap in CAP_PDTP.items() if regs.caps & cap), default=8)
     if device_id is None or process_id >> width:
         return None
     return Decoded(kind=kind, device_id=device_id, process_id=process_id)
