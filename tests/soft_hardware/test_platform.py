@@ -83,9 +83,9 @@ def test_command_and_status_registers():
     with Platform.create(1 << 20, 2) as p:
         regs = p.iommu
         regs.write64(r.DMAR_RTADDR_REG, 0x5000)
-        assert regs.bank[r.HIDDEN_ROOT >> 3] == 0  # not latched yet
+        assert regs.hidden[r.HIDDEN_ROOT] == 0  # not latched yet
         regs.write32(r.DMAR_GCMD_REG, r.DMA_GCMD_SRTP)
-        assert regs.bank[r.HIDDEN_ROOT >> 3] == 0x5000
+        assert regs.hidden[r.HIDDEN_ROOT] == 0x5000
         assert regs.read32(r.DMAR_GSTS_REG) == r.DMA_GSTS_RTPS
         regs.write32(r.DMAR_GCMD_REG, r.DMA_GCMD_TE)
         assert regs.read32(r.DMAR_GSTS_REG) == r.DMA_GSTS_RTPS | r.DMA_GSTS_TES

@@ -216,15 +216,20 @@ class DmaEngine:
         # Wrapping multiplications are meant; NumPy scalars warn of them.
         quiet = nullcontext() if self._engine.COMPILED else np.errstate(over="ignore")
         with f.busy, quiet:
+            f.prepare()
             tried = self._engine.burst(
-                p.ram.words, p.tags, f.bank, f.page, f.unit, f.tlb, f.formats, f.kinds,
-                self.ranges, self.shadow, self.dma, row, self.log, count,
+                p.ram.words, p.tags, f.hidden, f.page, f.unit, f.tlb, f.pending, f.walker, self.ranges,
+                self.shadow, self.dma, row, self.log, count,
             )  # fmt: skip
+            f.record()
         self._put(bar.LOGGED, int(self.dma[self._engine.D_LOGGED]))
         return int(tried)
 
     def run_burst(self, count: int) -> int:
-        """Do ``count`` transactions now; returns how many were tried (0 without ranges)."""
+        """Do up to ``count`` transactions now; returns how many were tried (0 without ranges).
+
+        A request whose context cannot be looked up is the last: the next burst looks again.
+        """
         if not self.pages:
             return 0
         self.frontend.enter()
@@ -322,7 +327,7 @@ class DmaEngine:
             self._next = max(self._next, begin - 10_000_000) + tried * 1_000_000_000 // rate
         if not fixed and took < 50 * BURST_NS:
             # (a longer one was interrupted, which says nothing about speed)
-            wanted = self._burst * BURST_NS // took
+            wanted = tried * BURST_NS // took
             self._burst = min(max(wanted, self._burst // 2, MIN_BURST), self._burst * 2, MAX_BURST)
         return 0.0
 

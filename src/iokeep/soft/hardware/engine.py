@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled half of the IOMMU and of the DMA devices: find the table, walk it, move payloads, check them.
+"""The compiled half of the IOMMU and of the DMA devices: walk tables, move payloads, check them.
+
+It knows page tables of 64-bit little-endian items, as :mod:`iokeep.pt.formats.base` states them, and nothing
+of what leads to them: which table translates a requester, Unit.look_up() finds.
 
 The only module of this package that imports Numba. Every value that is a pa, an IOVA, an entry or a counter
 is uint64, literals included: Numba silently turns uint64 mixed with a signed integer into int64 or float64.
@@ -26,11 +29,8 @@ from numba import types
 
 from iokeep.mem.memory import U64
 from iokeep.pt.formats import base
-from iokeep.pt.roots import vtd
-from iokeep.pt.roots.vtd import FaultReason
 from iokeep.soft.hardware import bar
-from iokeep.soft.hardware import unit as unit_words
-from iokeep.soft.hardware.units import vtd as registers
+from iokeep.soft.hardware import unit as words_of
 
 
 def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,137 +55,72 @@ _6 = u64(6)
 _7 = u64(7)
 _8 = u64(8)
 _12 = u64(12)
-_16 = u64(16)
 _32 = u64(32)
-_40 = u64(40)
-_52 = u64(52)
-_63 = u64(63)
-_PAGE_OFFSET = u64(0xFFF)
 _PAGE_MASK = u64(2**64 - 4096)
-_LOW32 = u64(2**32 - 1)
+_ALL = u64(2**64 - 1)
 
-# -- fields of the structures, from pt.roots.vtd ---------------------------------------------------
-_PA = u64(vtd.PA_MASK)
-_PRESENT = u64(vtd.PRESENT)
-_ROOT_RESERVED = u64(vtd.ROOT_RESERVED)
-_FPD = u64(vtd.FPD)
-_TT_MASK = u64(vtd.CONTEXT_TT_MASK)
-_CTX_LO_RESERVED = u64(vtd.CONTEXT_LO_RESERVED)
-_CTX_HI_RESERVED = u64(vtd.CONTEXT_HI_RESERVED)
-_CTX_AW = u64(vtd.CONTEXT_AW_MASK)
-_CTX_DID_SHIFT = u64(vtd.CONTEXT_DID_SHIFT)
-_DID = u64(vtd.DID_MASK)
-_SM_LO_RESERVED = u64(vtd.SM_CONTEXT_LO_RESERVED)
-_SM_HI_RESERVED = u64(vtd.SM_CONTEXT_HI_RESERVED)
-_SM_DTE = u64(vtd.SM_CONTEXT_DTE)
-_PDTS_MASK = u64(vtd.SM_CONTEXT_PDTS_MASK)
-_PDTS_SHIFT = u64(vtd.SM_CONTEXT_PDTS_SHIFT)
-_RID_PASID = u64(vtd.RID_PASID_MASK)
-_DIR_RESERVED = u64(vtd.PASID_DIR_RESERVED)
-_PASID_0_RESERVED = u64(vtd.PASID_0_RESERVED)
-_PASID_1_RESERVED = u64(vtd.PASID_1_RESERVED)
-_PASID_2_RESERVED = u64(vtd.PASID_2_RESERVED)
-_PGTT_MASK = u64(vtd.PASID_PGTT_MASK)
-_PGTT_FIRST = u64(vtd.PGTT_FIRST_STAGE << vtd.PASID_PGTT_SHIFT)
-_PGTT_SECOND = u64(vtd.PGTT_SECOND_STAGE << vtd.PASID_PGTT_SHIFT)
-_PASID_AW_MASK = u64(vtd.PASID_AW_MASK)
-_PASID_AW_SHIFT = u64(vtd.PASID_AW_SHIFT)
-_FSPM_MASK = u64(vtd.PASID_FSPM_MASK)
-_FSPM_SHIFT = u64(vtd.PASID_FSPM_SHIFT)
-_TTM_MASK = u64(vtd.RTADDR_TTM_MASK)
-_TTM_LEGACY = u64(vtd.TTM_LEGACY << vtd.RTADDR_TTM_SHIFT)
-_TTM_SCALABLE = u64(vtd.TTM_SCALABLE << vtd.RTADDR_TTM_SHIFT)
-
-# -- fault reasons ---------------------------------------------------------------------------------
-_R_UNTRANSLATED = u64(0x100)  # ours, above the 8 bits of FRCD_REG.FR: translation is disabled
-UNTRANSLATED = 0x100
-_R = {reason.name: u64(int(reason)) for reason in FaultReason}
-_R_ROOT_P = _R["ROOT_NOT_PRESENT"]
-_R_CTX_P = _R["CONTEXT_NOT_PRESENT"]
-_R_CTX_INVALID = _R["CONTEXT_INVALID"]
-_R_WIDTH = _R["BEYOND_WIDTH"]
-_R_NO_WRITE = _R["NO_WRITE"]
-_R_NO_READ = _R["NO_READ"]
-_R_PAGING_ACCESS = _R["PAGING_ACCESS"]
-_R_ROOT_ACCESS = _R["ROOT_ACCESS"]
-_R_CTX_ACCESS = _R["CONTEXT_ACCESS"]
-_R_ROOT_RSVD = _R["ROOT_RESERVED"]
-_R_CTX_RSVD = _R["CONTEXT_RESERVED"]
-_R_PAGING_RSVD = _R["PAGING_RESERVED"]
-_R_SM_TABLE = _R["SM_ROOT_TABLE_INVALID"]
-_R_SM_ROOT_ACCESS = _R["SM_ROOT_ACCESS"]
-_R_SM_ROOT_P = _R["SM_ROOT_NOT_PRESENT"]
-_R_SM_ROOT_RSVD = _R["SM_ROOT_RESERVED"]
-_R_SM_CTX_ACCESS = _R["SM_CONTEXT_ACCESS"]
-_R_SM_CTX_P = _R["SM_CONTEXT_NOT_PRESENT"]
-_R_SM_CTX_RSVD = _R["SM_CONTEXT_RESERVED"]
-_R_SM_CTX_INVALID = _R["SM_CONTEXT_INVALID"]
-_R_SM_RID_PASID = _R["SM_RID_PASID_TOO_LARGE"]
-_R_SM_DIR_ACCESS = _R["SM_PASID_DIR_ACCESS"]
-_R_SM_DIR_P = _R["SM_PASID_DIR_NOT_PRESENT"]
-_R_SM_DIR_RSVD = _R["SM_PASID_DIR_RESERVED"]
-_R_SM_PASID_ACCESS = _R["SM_PASID_ACCESS"]
-_R_SM_PASID_P = _R["SM_PASID_NOT_PRESENT"]
-_R_SM_PASID_RSVD = _R["SM_PASID_RESERVED"]
-_R_SM_PASID_INVALID = _R["SM_PASID_INVALID"]
-_R_SM_FIRST_ACCESS = _R["SM_FIRST_ACCESS"]
-_R_SM_FIRST_P = _R["SM_FIRST_NOT_PRESENT"]
-_R_SM_FIRST_RSVD = _R["SM_FIRST_RESERVED"]
-_R_SM_SECOND_ACCESS = _R["SM_SECOND_ACCESS"]
-_R_SM_SECOND_RSVD = _R["SM_SECOND_RESERVED"]
-_R_SM_CANONICAL = _R["SM_NOT_CANONICAL"]
-_R_SM_WIDTH = _R["SM_SECOND_BEYOND_WIDTH"]
-_R_SM_NO_WRITE = _R["SM_NO_WRITE"]
-_R_SM_NO_READ = _R["SM_NO_READ"]
-
-# -- what went wrong in a walk, before it becomes a reason -----------------------------------------
+# -- how a walk ends -------------------------------------------------------------------------------
 _OK = u64(0)
-_W_ACCESS = u64(1)
-_W_NOT_PRESENT = u64(2)
-_W_RESERVED = u64(3)
-_W_DENIED = u64(4)
-_W_WIDTH = _5
+_W_ACCESS = u64(words_of.W_ACCESS)
+_W_NOT_PRESENT = u64(words_of.W_NOT_PRESENT)
+_W_RESERVED = u64(words_of.W_RESERVED)
+_W_DENIED = u64(words_of.W_DENIED)
+_W_WIDTH = u64(words_of.W_WIDTH)
+#: instead of a fault code: translation is disabled
+UNTRANSLATED = 1 << 32
+_UNTRANSLATED = u64(UNTRANSLATED)
 
-# -- format table: row = kind ----------------------------------------------------------------------
-#: second stage of 3, 4, 5 levels, then first stage of 4, 5 levels
-KINDS = (("vtdss", 3), ("vtdss", 4), ("vtdss", 5), ("x86_64", 4), ("x86_64", 5))
-_FIRST_KIND = u64(3)  # rows from here on are first stage
-_NO_KIND = u64(99)
+# -- a walker, uint64[n]: all that a walk must know of the tables of a context ----------------------------
+# Two heads (of the table, and of the upper one or none), then the rows of their levels, then rules. One flat
+# array: what a compiled function costs to call grows with the arrays that it is given.
+# An IOVA is the table's where (iova & X_COVER) is X_LOW or X_HIGH.
+(X_TOP, X_ROOT, X_COVER, X_LOW, X_HIGH) = range(5)
+HEAD_WORDS = 8
 MAX_LEVELS = 6
-#: columns of the kind table
-(K_LEVELS, K_INPUT_LG2, K_SIGN_EXTEND) = range(3)
-KIND_WORDS = 4
+#: columns of a row behind those of :meth:`Format.words`; L_RULES 0: none of the others is needed.
+#: L_VALID ... L_END: words of the walker where each sort of rules begins; it ends where the next begins
+_N = len(base.COLUMNS)
+(
+    L_RULES, L_INVERT, L_PA_SHIFT, L_SELECT_MASK, L_SELECT_VALUE,
+    L_VALID, L_LEAF, L_LEAF_BAD, L_TABLE_BAD, L_NEXT, L_PIECES, L_RUNS, L_END,
+) = range(_N, _N + 13)  # fmt: skip
+ROW_WORDS = _N + 13
+ROWS_AT = 2 * HEAD_WORDS
+RULES_AT = ROWS_AT + 2 * MAX_LEVELS * ROW_WORDS
+# A rule: mask and value; of L_PIECES mask and shift; L_NEXT adds the level; L_RUNS adds log2 of the items,
+# whether they are replicated, and the bits that are reserved.
+(U_MASK, U_VALUE, U_MORE, U_REPLICATED, U_RESERVED) = range(5)
+RULE_WORDS = 5
 
 # -- state of a front-end, uint64[UNIT_WORDS] ------------------------------------------------------
+# C_FAULT: code of the one request that a failed look-up makes fault, 0 = none
+# C_CODES: fault codes by outcome, of reads, then of writes
+# T_SIZES: which page sizes (log2) the IOTLB holds; T_COUNT: how many; T_FIRST ...: which, in order of arrival
+# P_COUNT: faults in the pending buffer; P_DROPPED: that did not fit
 (
-    C_VALID, C_KIND, C_ROOT, C_DID, C_PASID, C_FPD, C_SCALABLE, C_BDF, C_INDEX, T_LEVELS, T_VICTIM, C_LOOKUPS,
-) = range(12)  # fmt: skip
-UNIT_WORDS = 16
+    C_VALID, C_OWNER, C_PROT, C_SILENT, C_FAULT, C_LOOKUPS, T_SIZES, T_COUNT, T_VICTIM, P_COUNT, P_DROPPED,
+) = range(11)  # fmt: skip
+C_CODES = 16
+T_FIRST = 32
+UNIT_WORDS = T_FIRST + 64
+OUTCOMES = words_of.OUTCOMES
 
-# -- IOTLB, uint64[4, TLB_ENTRIES]: tag, pa | rights, owner, log2 of the page size -----------------
-# owner: domain id | pasid << 16 | OWNER_FIRST where a first-stage table translated
-OWNER_FIRST = 1 << 40
+# -- IOTLB, uint64[4, TLB_ENTRIES]: base | log2 of the page size, pa | rights, owner, log2 of the page size --
 TLB_SETS = 256
 TLB_WAYS = 4
 TLB_ENTRIES = TLB_SETS * TLB_WAYS
-_OWNER_FIRST = u64(OWNER_FIRST)
 _SET_MASK = u64(TLB_SETS - 1)
 _WAYS = u64(TLB_WAYS)
 _WAY_MASK = u64(TLB_WAYS - 1)
-_LEVEL_SHIFT = u64(1)  # tag: base | level << 1 | 1
 
-# -- words of the register bank --------------------------------------------------------------------
-_ROOT_WORD = registers.HIDDEN_ROOT >> 3
-_GSTS_WORD = registers.DMAR_GSTS_REG >> 3
-_TES = u64(registers.DMA_GSTS_TES << 32)  # GSTS_REG is the high half of its word
-_FRCD_WORD = registers.DMAR_FRCD_REG >> 3
-_FRCD_F = u64(registers.FRCD_F)
-_FRCD_READ = u64(registers.FRCD_READ)
-_REASON_SHIFT = u64(registers.FRCD_REASON_SHIFT)
-FE_PFO = unit_words.FE_OVERFLOW
-FE_FAULTS = unit_words.FE_FAULTS
-FE_HITS = unit_words.FE_HITS
-FE_MISSES = unit_words.FE_MISSES
+# -- pending faults, uint64[PENDING, 4]: code, IOVA, need, owner --------------------------------------
+PENDING = 16
+_PENDING = u64(PENDING)
+
+H_TRANSLATING = words_of.H_TRANSLATING
+FE_FAULTS = words_of.FE_FAULTS
+FE_HITS = words_of.FE_HITS
+FE_MISSES = words_of.FE_MISSES
 
 # -- state of a DMA engine, uint64[DMA_WORDS] ------------------------------------------------------
 (
@@ -231,263 +166,206 @@ def mix(x):
 
 
 @_jit
-def second_stage_kind(aw):
-    """Row of KINDS of an AW code: 1, 2, 3 are 3, 4, 5 levels (specification 9.3)."""
-    if aw == _0 or aw > _3:
-        return _NO_KIND
-    return aw - _1
+def any_of(w, first, last, item):
+    """1 where ``(item & mask) == value`` for any of the rules ``first`` ... ``last`` - 1, else 0."""
+    for at in range(np.int64(first), np.int64(last), RULE_WORDS):
+        if item & w[at + U_MASK] == w[at + U_VALUE]:
+            return _1
+    return _0
 
 
 @_jit
-def resolve(ram, bank, unit):
-    """Fill the context cache from the latched root table; returns the fault reason, 0 = fine.
-
-    The same rules as :func:`iokeep.pt.roots.vtd.find_root`, for an IOMMU without pass-through, nesting and
-    device-TLBs (ECAP_REG.PT, NEST, DT are 0), which makes those programmings invalid.
-    """
-    words = u64(ram.size)
-    bdf = unit[C_BDF]
-    unit[C_LOOKUPS] = unit[C_LOOKUPS] + _1
-    unit[C_FPD] = _0
-    rtaddr = bank[_ROOT_WORD]
-    ttm = rtaddr & _TTM_MASK
-    if ttm != _TTM_LEGACY and ttm != _TTM_SCALABLE:
-        return _R_SM_TABLE
-    at = ((rtaddr & _PA) >> _3) + (bdf >> _8) * _2
-    if at + _1 >= words:
-        return _R_ROOT_ACCESS if ttm == _TTM_LEGACY else _R_SM_ROOT_ACCESS
-    if ttm == _TTM_LEGACY:
-        unit[C_SCALABLE] = _0
-        lo = ram[at]
-        hi = ram[at + _1]
-        if lo & _PRESENT == _0:
-            return _R_ROOT_P
-        if lo & _ROOT_RESERVED != _0 or hi != _0:
-            return _R_ROOT_RSVD
-        at = ((lo & _PA) >> _3) + (bdf & u64(0xFF)) * _2
-        if at + _1 >= words:
-            return _R_CTX_ACCESS
-        lo = ram[at]
-        hi = ram[at + _1]
-        unit[C_FPD] = lo & _FPD
-        if lo & _PRESENT == _0:
-            return _R_CTX_P
-        if lo & _CTX_LO_RESERVED != _0 or hi & _CTX_HI_RESERVED != _0:
-            return _R_CTX_RSVD
-        kind = second_stage_kind(hi & _CTX_AW)
-        if lo & _TT_MASK != _0 or kind == _NO_KIND:
-            return _R_CTX_INVALID
-        unit[C_KIND] = kind
-        unit[C_ROOT] = lo & _PA
-        unit[C_DID] = (hi >> _CTX_DID_SHIFT) & _DID
-        unit[C_PASID] = _0
-        unit[C_VALID] = _1
-        return _OK
-    unit[C_SCALABLE] = _1
-    half = ram[at + ((bdf >> _7) & _1)]
-    if half & _PRESENT == _0:
-        return _R_SM_ROOT_P
-    if half & _ROOT_RESERVED != _0:
-        return _R_SM_ROOT_RSVD
-    at = ((half & _PA) >> _3) + (bdf & u64(0x7F)) * _4
-    if at + _3 >= words:
-        return _R_SM_CTX_ACCESS
-    w0 = ram[at]
-    w1 = ram[at + _1]
-    unit[C_FPD] = w0 & _FPD
-    if w0 & _PRESENT == _0:
-        return _R_SM_CTX_P
-    if w0 & _SM_LO_RESERVED != _0 or w1 & _SM_HI_RESERVED != _0 or (ram[at + _2] | ram[at + _3]) != _0:
-        return _R_SM_CTX_RSVD
-    if w0 & _SM_DTE != _0:
-        return _R_SM_CTX_INVALID
-    pasid = w1 & _RID_PASID
-    entries = _1 << (((w0 & _PDTS_MASK) >> _PDTS_SHIFT) + _7)
-    if (pasid >> _6) >= entries:
-        return _R_SM_RID_PASID
-    at = ((w0 & _PA) >> _3) + (pasid >> _6)
-    if at >= words:
-        return _R_SM_DIR_ACCESS
-    entry = ram[at]
-    unit[C_FPD] = unit[C_FPD] | (entry & _FPD)
-    if entry & _PRESENT == _0:
-        return _R_SM_DIR_P
-    if entry & _DIR_RESERVED != _0:
-        return _R_SM_DIR_RSVD
-    at = ((entry & _PA) >> _3) + (pasid & _63) * _8
-    if at + _7 >= words:
-        return _R_SM_PASID_ACCESS
-    w0 = ram[at]
-    w1 = ram[at + _1]
-    w2 = ram[at + _2]
-    rest = ram[at + _3] | ram[at + _4] | ram[at + _5] | ram[at + _6] | ram[at + _7]
-    unit[C_FPD] = unit[C_FPD] | (w0 & _FPD)
-    if w0 & _PRESENT == _0:
-        return _R_SM_PASID_P
-    if (w0 & _PASID_0_RESERVED) | (w1 & _PASID_1_RESERVED) | (w2 & _PASID_2_RESERVED) | rest != _0:
-        return _R_SM_PASID_RSVD
-    pgtt = w0 & _PGTT_MASK
-    if pgtt == _PGTT_SECOND:
-        kind = second_stage_kind((w0 & _PASID_AW_MASK) >> _PASID_AW_SHIFT)
-        root = w0 & _PA
-    elif pgtt == _PGTT_FIRST:
-        kind = _FIRST_KIND + ((w2 & _FSPM_MASK) >> _FSPM_SHIFT)
-        if kind > _FIRST_KIND + _1:
-            kind = _NO_KIND
-        root = w2 & _PA
-    else:
-        kind = _NO_KIND
-        root = _0
-    if kind == _NO_KIND:
-        return _R_SM_PASID_INVALID
-    unit[C_KIND] = kind
-    unit[C_ROOT] = root
-    unit[C_DID] = w1 & _DID
-    unit[C_PASID] = pasid
-    unit[C_VALID] = _1
-    return _OK
+def pa_of(w, f, item, mask):
+    """The pa that an item says (LevelSpec.pa_shift and pa_pieces)."""
+    pa = (item & mask) << w[f + L_PA_SHIFT]
+    for at in range(np.int64(w[f + L_PIECES]), np.int64(w[f + L_RUNS]), RULE_WORDS):
+        pa = pa | ((item & w[at + U_MASK]) << w[at + U_VALUE])
+    return pa
 
 
 @_jit
-def walk(ram, formats, kinds, kind, root, iova, need):
-    """Walk a table: (outcome, pa, level, rights); all uint64.
+def ruled_leaf(w, f, item, iova):
+    """A leaf of a level with rules: (outcome, pa, log2 of the page size); see LevelSpec.bad_leaf."""
+    lg2 = w[f + base.SHIFT]
+    reserved = w[f + base.LEAF_RESERVED]
+    replicated = _0
+    claimed = item & w[f + L_SELECT_MASK] == w[f + L_SELECT_VALUE]
+    for at in range(np.int64(w[f + L_RUNS]), np.int64(w[f + L_END]), RULE_WORDS):
+        if item & w[at + U_MASK] == w[at + U_VALUE]:
+            lg2 = lg2 + w[at + U_MORE]
+            replicated = w[at + U_REPLICATED]
+            reserved = w[at + U_RESERVED]
+            claimed = False
+            break
+    if claimed or item & reserved != _0 or any_of(w, w[f + L_LEAF_BAD], w[f + L_TABLE_BAD], item) != _0:
+        return _W_RESERVED, _0, _0
+    inner = (_1 << w[f + base.SHIFT]) - _1
+    pa = pa_of(w, f, item, w[f + base.LEAF_PA_MASK])
+    if replicated != _0:
+        inner = (_1 << lg2) - _1
+        pa = pa & ~inner
+    return _OK, pa | (iova & inner), lg2
 
-    :param formats: uint64[kinds, MAX_LEVELS, columns], :meth:`Format.words` of each kind.
-    :param need: rights that the request needs: 1 read, 2 write.
+
+@_jit
+def ruled_next(w, row, level, item, iova):
+    """Where a table item of a level with rules leads: (outcome, level); see LevelSpec.bad_table."""
+    f = ROWS_AT + (row + level) * ROW_WORDS
+    if any_of(w, w[f + L_TABLE_BAD], w[f + L_NEXT], item) != _0:
+        return _W_RESERVED, _0
+    below = u64(level) - _1
+    if w[f + L_NEXT] != w[f + L_PIECES]:
+        below = _ALL
+        for at in range(np.int64(w[f + L_NEXT]), np.int64(w[f + L_PIECES]), RULE_WORDS):
+            if item & w[at + U_MASK] == w[at + U_VALUE]:
+                below = w[at + U_MORE]
+                break
+        if below == _ALL:
+            return _W_RESERVED, _0
+    g = ROWS_AT + (row + np.int64(below)) * ROW_WORDS
+    inner = ((w[g + base.INDEX_MASK] + _1) << w[g + base.SHIFT]) - _1
+    if iova & ((_1 << w[f + base.SHIFT]) - _1) & ~inner != _0:
+        return _W_NOT_PRESENT, _0
+    return _OK, below
+
+
+@_jit
+def walk(ram, w, prot, iova, need):
+    """Walk the table of a context: (outcome, pa, log2 of the page size, rights); all uint64.
+
+    Does what :func:`iokeep.pt.walk.walk` does, with the array of :func:`walker`.
+
+    :param prot: rights that are let through above the table. :param need: those that the request needs.
     """
-    row = np.int64(kind)
-    bits = kinds[row, K_INPUT_LG2]
-    if kinds[row, K_SIGN_EXTEND] != _0:
-        # Specification 3.6 (first stage): the bits above the input equal its top bit.
-        top = iova >> (bits - _1)
-        if top != _0 and top != (u64(2**64 - 1) >> (bits - _1)):
+    row = 0
+    head = 0
+    over = iova & w[X_COVER]
+    if over != w[X_LOW] and over != w[X_HIGH]:
+        row = MAX_LEVELS
+        head = HEAD_WORDS
+        over = iova & w[HEAD_WORDS + X_COVER]
+        if over != w[HEAD_WORDS + X_LOW] and over != w[HEAD_WORDS + X_HIGH]:
             return _W_WIDTH, _0, _0, _0
-    elif (iova >> bits) != _0:
-        return _W_WIDTH, _0, _0, _0
     words = u64(ram.size)
-    table = root
-    rights = _3
-    level = np.int64(kinds[row, K_LEVELS])
-    while level > 0:
-        level -= 1
-        f = formats[row, level]
-        shift = f[base.SHIFT]
-        at = (table >> _3) + ((iova >> shift) & f[base.INDEX_MASK])
+    table = w[head + X_ROOT]
+    rights = prot
+    level = np.int64(w[head + X_TOP])
+    while True:
+        f = ROWS_AT + (row + level) * ROW_WORDS
+        shift = w[f + base.SHIFT]
+        at = (table >> _3) + ((iova >> shift) & w[f + base.INDEX_MASK])
         if at >= words:
-            return _W_ACCESS, _0, u64(level), _0
+            return _W_ACCESS, _0, _0, _0
         item = ram[at]
-        if item & f[base.VALID_MASK] == _0:
-            return _W_NOT_PRESENT, _0, u64(level), _0
-        if f[base.MAY_LEAF] != _0 and (
-            f[base.MAY_TABLE] == _0 or item & f[base.LEAF_MASK] == f[base.LEAF_VALUE]
-        ):
-            if item & f[base.LEAF_RESERVED] != _0:
-                return _W_RESERVED, _0, u64(level), _0
-            if item & f[base.R_MASK] != f[base.R_VALUE]:
+        ruled = w[f + L_RULES] != _0
+        if ruled:
+            item = item ^ w[f + L_INVERT]
+            if w[f + L_VALID] != w[f + L_LEAF] and any_of(w, w[f + L_VALID], w[f + L_LEAF], item) == _0:
+                return _W_NOT_PRESENT, _0, _0, _0
+        if item & w[f + base.VALID_MASK] == _0:
+            return _W_NOT_PRESENT, _0, _0, _0
+        leaf = w[f + base.MAY_LEAF] != _0
+        if leaf and w[f + base.MAY_TABLE] != _0:
+            if ruled and w[f + L_LEAF] != w[f + L_LEAF_BAD]:
+                leaf = any_of(w, w[f + L_LEAF], w[f + L_LEAF_BAD], item) != _0
+            else:
+                leaf = item & w[f + base.LEAF_MASK] == w[f + base.LEAF_VALUE]
+        if leaf:
+            if ruled:
+                outcome, pa, lg2 = ruled_leaf(w, f, item, iova)
+                if outcome != _OK:
+                    return outcome, _0, _0, _0
+            else:
+                if item & w[f + base.LEAF_RESERVED] != _0:
+                    return _W_RESERVED, _0, _0, _0
+                lg2 = shift
+                pa = (item & w[f + base.LEAF_PA_MASK]) | (iova & ((_1 << shift) - _1))
+            if item & w[f + base.R_MASK] != w[f + base.R_VALUE]:
                 rights = rights & _2
-            if item & f[base.W_MASK] != f[base.W_VALUE]:
+            if item & w[f + base.W_MASK] != w[f + base.W_VALUE]:
                 rights = rights & _1
             if rights & need != need:
-                return _W_DENIED, _0, u64(level), rights
-            pa = (item & f[base.LEAF_PA_MASK]) | (iova & ((_1 << shift) - _1))
-            return _OK, pa, u64(level), rights
-        if f[base.MAY_TABLE] == _0 or item & f[base.TABLE_RESERVED] != _0:
-            return _W_RESERVED, _0, u64(level), _0
-        if item & f[base.TR_MASK] != f[base.TR_VALUE]:
+                return _W_DENIED, _0, lg2, rights
+            return _OK, pa, lg2, rights
+        if item & w[f + base.TABLE_RESERVED] != _0:
+            return _W_RESERVED, _0, _0, _0
+        if item & w[f + base.TR_MASK] != w[f + base.TR_VALUE]:
             rights = rights & _2
-        if item & f[base.TW_MASK] != f[base.TW_VALUE]:
+        if item & w[f + base.TW_MASK] != w[f + base.TW_VALUE]:
             rights = rights & _1
-        table = item & f[base.TABLE_PA_MASK]
-    return _W_RESERVED, _0, _0, _0
+        if ruled:
+            outcome, below = ruled_next(w, row, level, item, iova)
+            if outcome != _OK:
+                return outcome, _0, _0, _0
+            table = pa_of(w, f, item, w[f + base.TABLE_PA_MASK])
+            level = np.int64(below)
+        else:
+            table = item & w[f + base.TABLE_PA_MASK]
+            level = level - 1
 
 
 @_jit
-def fault_reason(outcome, kind, scalable, need):
-    """Fault reason of a walk's outcome (specification 7.1.3)."""
-    write = need & _2 != _0
-    if scalable == _0:
-        if outcome == _W_ACCESS:
-            return _R_PAGING_ACCESS
-        if outcome == _W_RESERVED:
-            return _R_PAGING_RSVD
-        if outcome == _W_WIDTH:
-            return _R_WIDTH
-        return _R_NO_WRITE if write else _R_NO_READ
-    first = kind >= _FIRST_KIND
-    if outcome == _W_ACCESS:
-        return _R_SM_FIRST_ACCESS if first else _R_SM_SECOND_ACCESS
-    if outcome == _W_RESERVED:
-        return _R_SM_FIRST_RSVD if first else _R_SM_SECOND_RSVD
-    if outcome == _W_WIDTH:
-        return _R_SM_CANONICAL if first else _R_SM_WIDTH
-    if outcome == _W_NOT_PRESENT and first:
-        return _R_SM_FIRST_P
-    return _R_SM_NO_WRITE if write else _R_SM_NO_READ
+def translate(ram, fe, unit, tlb, w, iova, need):
+    """Translate one request as a front-end does, through its caches: (fault code, pa); 0 = fine.
 
-
-@_jit
-def translate(ram, bank, fe, unit, tlb, formats, kinds, iova, need):
-    """Translate one request as a front-end does, through its caches: (fault reason, pa); reason 0 = fine."""
-    if bank[_GSTS_WORD] & _TES == _0:
-        return _R_UNTRANSLATED, _0
+    The context is valid, or a look-up has failed and this request takes its fault.
+    """
     if unit[C_VALID] == _0:
-        reason = resolve(ram, bank, unit)
-        if reason != _OK:
-            return reason, _0
-    kind = unit[C_KIND]
-    owner = unit[C_DID] | (unit[C_PASID] << _16)
-    if kind >= _FIRST_KIND:
-        owner = owner | _OWNER_FIRST
-    f = formats[np.int64(kind)]
-    cached = unit[T_LEVELS]
-    number = 0
-    while cached != _0:
-        if cached & _1 != _0:
-            shift = f[number, base.SHIFT]
-            tag = ((iova >> shift) << shift) | (u64(number) << _LEVEL_SHIFT) | _1
-            at = np.int64(((iova >> shift) & _SET_MASK) * _WAYS)
-            for way in range(at, at + TLB_WAYS):
-                if tlb[0, way] == tag and tlb[2, way] == owner:
-                    found = tlb[1, way]
-                    if found & need == need:
-                        fe[FE_HITS] = fe[FE_HITS] + _1
-                        return _OK, (found & _PAGE_MASK) | (iova & ((_1 << shift) - _1))
-                    # Rights may have been added since, which needs no invalidation: look again.
-                    tlb[0, way] = _0
-        cached = cached >> _1
-        number += 1
+        code = unit[C_FAULT]
+        unit[C_FAULT] = _0
+        return code, _0
+    owner = unit[C_OWNER]
+    for number in range(np.int64(unit[T_COUNT])):
+        lg2 = unit[T_FIRST + number]
+        tag = ((iova >> lg2) << lg2) | lg2
+        at = np.int64(((iova >> lg2) & _SET_MASK) * _WAYS)
+        for way in range(at, at + TLB_WAYS):
+            if tlb[0, way] == tag and tlb[2, way] == owner:
+                found = tlb[1, way]
+                if found & need == need:
+                    fe[FE_HITS] = fe[FE_HITS] + _1
+                    return _OK, (found & _PAGE_MASK) | (iova & ((_1 << lg2) - _1))
+                # Rights may have been added since, which needs no invalidation: look again.
+                tlb[0, way] = _0
     fe[FE_MISSES] = fe[FE_MISSES] + _1
-    outcome, pa, level, rights = walk(ram, formats, kinds, kind, unit[C_ROOT], iova, need)
+    outcome, pa, lg2, rights = walk(ram, w, unit[C_PROT], iova, need)
     if outcome != _OK:
-        return fault_reason(outcome, kind, unit[C_SCALABLE], need), _0
-    shift = f[np.int64(level), base.SHIFT]
-    base_iova = (iova >> shift) << shift
+        at = np.int64(outcome) - 1
+        if need & _2 != _0:
+            at += OUTCOMES
+        return unit[C_CODES + at], _0
+    if (pa ^ iova) & ((_1 << lg2) - _1) != _0:
+        return _OK, pa  # items of one contiguous run that do not agree: nothing that one entry could say
+    if (unit[T_SIZES] >> lg2) & _1 == _0:
+        unit[T_SIZES] = unit[T_SIZES] | (_1 << lg2)
+        unit[T_FIRST + np.int64(unit[T_COUNT])] = lg2
+        unit[T_COUNT] = unit[T_COUNT] + _1
     victim = unit[T_VICTIM]
     unit[T_VICTIM] = victim + _1
-    slot = np.int64(((iova >> shift) & _SET_MASK) * _WAYS + (victim & _WAY_MASK))
-    tlb[0, slot] = base_iova | (level << _LEVEL_SHIFT) | _1
-    tlb[1, slot] = ((pa >> shift) << shift) | rights
+    slot = np.int64(((iova >> lg2) & _SET_MASK) * _WAYS + (victim & _WAY_MASK))
+    tlb[0, slot] = ((iova >> lg2) << lg2) | lg2
+    tlb[1, slot] = ((pa >> lg2) << lg2) | rights
     tlb[2, slot] = owner
-    tlb[3, slot] = shift
-    unit[T_LEVELS] = unit[T_LEVELS] | (_1 << level)
+    tlb[3, slot] = lg2
     return _OK, pa
 
 
 @_jit
-def record_fault(bank, fe, unit, reason, iova, need):
-    """Primary fault logging (specification 7.2.1), in the record of this front-end."""
+def pend(fe, unit, pending, code, iova, need):
+    """Keep a fault until the front-end has it recorded."""
     fe[FE_FAULTS] = fe[FE_FAULTS] + _1
-    if unit[C_FPD] != _0:
+    if unit[C_SILENT] != _0:
         return
-    at = _FRCD_WORD + 2 * np.int64(unit[C_INDEX])
-    if bank[at + 1] & _FRCD_F != _0:
-        fe[FE_PFO] = _1
+    count = unit[P_COUNT]
+    if count >= _PENDING:
+        unit[P_DROPPED] = unit[P_DROPPED] + _1
         return
-    bank[at] = iova & _PAGE_MASK
-    high = unit[C_BDF] | (reason << _REASON_SHIFT) | _FRCD_F
-    if need & _2 == _0:
-        high = high | _FRCD_READ
-    bank[at + 1] = high
+    unit[P_COUNT] = count + _1
+    row = pending[np.int64(count)]
+    row[0] = code
+    row[1] = iova
+    row[2] = need
+    row[3] = unit[C_OWNER] if unit[C_VALID] != _0 else _0
 
 
 @_jit
@@ -508,15 +386,19 @@ def note(log, dma, kind, iova, pa, want_tag, has_tag, reason, slot, want_seq, ha
 
 
 @_jit
-def burst(ram, tags, bank, fe, unit, tlb, formats, kinds, ranges, shadow, dma, row, log, count):
+def burst(ram, tags, hidden, fe, unit, tlb, pending, w, ranges, shadow, dma, row, log, count):
     """Do up to ``count`` (int64) DMA transactions; returns how many were tried.
+
+    It ends early where the context must be looked up, that is also after the request that faulted because of
+    a failed look-up.
 
     Normal mode: a random page of the working set each time. Sweep mode (``dma[D_SWEEP]``): every page from
     ``dma[D_CURSOR]`` on once, reads of written slots only.
 
     :param ram: uint64[:], physical memory. :param tags: uint32[:], owner of each frame.
-    :param bank: VT-d registers. :param fe: hidden registers of the front-end. :param unit: its private state.
-    :param tlb: uint64[4, TLB_ENTRIES]. :param formats: see :func:`walk`. :param kinds: uint64[:, KIND_WORDS].
+    :param hidden: hidden state of the IOMMU. :param fe: hidden registers of the front-end.
+    :param unit: its private state. :param tlb: uint64[4, TLB_ENTRIES]. :param pending: uint64[PENDING, 4].
+    :param w: see :func:`walker`.
     :param ranges: uint64[n, RANGE_WORDS], n > 0. :param shadow: uint64[:], sequence last written to each
         slot.
     :param dma: uint64[DMA_WORDS]. :param row: uint64[STATS_WORDS], the counters of this step.
@@ -540,6 +422,9 @@ def burst(ram, tags, bank, fe, unit, tlb, formats, kinds, ranges, shadow, dma, r
     untranslated = _0
     tried = 0
     while tried < count:
+        translating = hidden[H_TRANSLATING] != _0
+        if translating and unit[C_VALID] == _0 and unit[C_FAULT] == _0:
+            break
         if sweep:
             if page >= pages:
                 break
@@ -575,14 +460,14 @@ def burst(ram, tags, bank, fe, unit, tlb, formats, kinds, ranges, shadow, dma, r
             need = _READ
         elif need == _3:
             need = _1 + (rng & _1)
-        reason, pa = translate(ram, bank, fe, unit, tlb, formats, kinds, iova, need)
+        if not translating:
+            untranslated = untranslated + _1
+            misdirected = misdirected + _1
+            note(log, dma, _I_UNTRANSLATED, iova, iova, r[G_TAG], _0, _UNTRANSLATED, slot, _0, _0)
+            continue
+        reason, pa = translate(ram, fe, unit, tlb, w, iova, need)
         if reason != _OK:
-            if reason == _R_UNTRANSLATED:
-                untranslated = untranslated + _1
-                misdirected = misdirected + _1
-                note(log, dma, _I_UNTRANSLATED, iova, iova, r[G_TAG], _0, reason, slot, _0, _0)
-                continue
-            record_fault(bank, fe, unit, reason, iova, need)
+            pend(fe, unit, pending, reason, iova, need)
             if expect:
                 denied = denied + _1
             else:
@@ -664,10 +549,11 @@ def burst(ram, tags, bank, fe, unit, tlb, formats, kinds, ranges, shadow, dma, r
 
 _A1 = types.Array(types.uint64, 1, "C")
 _A2 = types.Array(types.uint64, 2, "C")
-_A3 = types.Array(types.uint64, 3, "C")
 _T = types.Array(types.uint32, 1, "C")
 #: the one signature of :func:`burst`; anything else fails to compile instead of turning into int64
-BURST_SIGNATURE = (_A1, _T, _A1, _A1, _A1, _A2, _A3, _A2, _A2, _A1, _A1, _A1, _A2, types.int64)
+BURST_SIGNATURE = (
+    _A1, _T, _A1, _A1, _A1, _A2, _A2, _A1, _A2, _A1, _A1, _A1, _A2, types.int64
+)  # fmt: skip
 
 
 #: False with NUMBA_DISABLE_JIT=1, where everything here is plain Python
@@ -682,18 +568,65 @@ def compile_burst() -> None:
         dispatcher.disable_compile()
 
 
-def format_tables(formats: list[base.Format | None]) -> tuple[U64, U64]:
-    """(formats, kinds) arrays for :func:`burst`, from one format per row of KINDS; None: it faults."""
-    words = np.zeros((len(KINDS), MAX_LEVELS, len(base.COLUMNS)), np.uint64)
-    kinds = np.zeros((len(KINDS), KIND_WORDS), np.uint64)
-    for row, fmt in enumerate(formats):
-        if fmt is None:
-            kinds[row, K_INPUT_LG2] = _63
-            continue
-        if not fmt.in_words or len(fmt.levels) > MAX_LEVELS:
-            raise ValueError(f"{fmt.name}: not a format of VT-d (64-bit little-endian items)")
-        words[row, : len(fmt.levels)] = fmt.words()
-        kinds[row, K_LEVELS] = len(fmt.levels)
-        kinds[row, K_INPUT_LG2] = fmt.input_lg2
-        kinds[row, K_SIGN_EXTEND] = int(fmt.sign_extend)
-    return words, kinds
+def _rules(number: int, spec: base.LevelSpec) -> list[list[tuple[int, ...]]]:
+    """The rules of a level, in the order of L_VALID ... L_RUNS."""
+    runs: list[tuple[int, ...]] = [
+        (
+            c.mask,
+            c.value,
+            c.lg2,
+            int(c.replicated),
+            spec.leaf_reserved & ~c.mask if c.reserved is None else c.reserved,
+        )
+        for c in spec.contig
+    ]
+    if any(not 0 <= below < number for _, _, below in spec.next_levels):
+        raise ValueError(f"level {number} leads to {spec.next_levels}, which is not down")
+    pairs = (
+        spec.valid_values,
+        spec.leaf_values,
+        spec.leaf_bad,
+        spec.table_bad,
+        spec.next_levels,
+        spec.pa_pieces,
+    )
+    return [*([tuple(pair) for pair in some] for some in pairs), runs]
+
+
+def walker(*tables: tuple[base.Format, int]) -> U64:
+    """The array for :func:`walk`: of a table and, where there are two, of the upper one.
+
+    :param tables: a format and the pa of a root, of each.
+    :raises ValueError: a format that is not of 64-bit little-endian items, or too deep.
+    """
+    words = [0] * RULES_AT
+    for table in range(2):  # no IOVA is theirs
+        words[table * HEAD_WORDS + X_LOW] = words[table * HEAD_WORDS + X_HIGH] = 1
+    for table, (fmt, root_pa) in enumerate(tables):
+        if fmt.item_bytes != 8 or fmt.byte_order != "<" or len(fmt.levels) > MAX_LEVELS:
+            raise ValueError(f"{fmt.name}: not a format of 64-bit little-endian items")
+        cover = 2**64 - (1 << (fmt.input_lg2 - fmt.sign_extend))
+        low, high = (0, cover) if fmt.sign_extend else (fmt.iova_base & cover,) * 2
+        at = table * HEAD_WORDS
+        words[at : at + X_HIGH + 1] = fmt.top_level, root_pa, cover, low, high
+        inner = 0
+        for number, (spec, row) in enumerate(zip(fmt.levels, fmt.words().tolist(), strict=True)):
+            sorts = _rules(number, spec)
+            select = spec.contig_select if spec.contig and spec.contig_select else (0, 1)
+            ruled = any(sorts) or spec.pa_shift or spec.invert or (number > 0 and inner != spec.shift)
+            starts = [len(words)]
+            for some in sorts:
+                for rule in some:
+                    words += (*rule, 0, 0, 0)[:RULE_WORDS]
+                starts.append(len(words))
+            at = ROWS_AT + (table * MAX_LEVELS + number) * ROW_WORDS
+            words[at : at + ROW_WORDS] = (
+                *row,
+                int(bool(ruled)),
+                spec.invert,
+                spec.pa_shift,
+                *select,
+                *starts,
+            )
+            inner = spec.shift + spec.index_bits
+    return np.array(words, np.uint64)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One front-end of the IOMMU: context cache, IOTLB, fault record, and its way through the invalidation queue.
+"""One front-end of the IOMMU: context cache, IOTLB, pending faults, and its way through the command queue.
 
-Source: VT-d specification revision 4.x: caching 6.2, queued invalidation 6.5.2, fault logging 7.2.1. The
+The same for every kind of IOMMU: what is particular is behind :class:`iokeep.soft.hardware.unit.Unit`. The
 translation itself is compiled: :mod:`iokeep.soft.hardware.engine`, imported when a front-end is made.
 
 A front-end is *online* from its first request on, until :meth:`FrontEnd.leave`. Offline it holds nothing
@@ -11,12 +11,12 @@ that an invalidation could concern, so that the queue does not wait for it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 
 import numpy as np
 
-from iokeep.pt.formats.base import Format
+from iokeep.mem.memory import U64
 from iokeep.pt.registry import open_format
+from iokeep.pt.roots.base import RootFault
 from iokeep.soft.hardware.platform import Platform
 from iokeep.soft.hardware.unit import (
     ANY,
@@ -28,51 +28,46 @@ from iokeep.soft.hardware.unit import (
     FE_STOPPED,
     H_EPOCH,
     H_START,
+    H_TRANSLATING,
+    Context,
+    Fault,
     Invalidation,
     Match,
 )
 
-
-def hardware_formats() -> list[Format | None]:
-    """The formats that the IOMMU walks, in the order of :data:`iokeep.soft.hardware.engine.KINDS`."""
-    return [
-        *(open_format("vtdss", {"levels": levels}) for levels in (3, 4, 5)),
-        *(open_format("x86_64", {"levels": levels}) for levels in (4, 5)),
-    ]
+#: walkers kept by a front-end for tables that it has used
+_WALKERS = 64
 
 
 class FrontEnd:
     """The translation agent of one device.
 
-    Calls are serialised: the writer of IQT_REG in the same process may call :meth:`service` while another
-    thread runs bursts.
-
-    :param formats: one per row of ``engine.KINDS``, None: all of them; a None in it makes the kind fault.
+    Calls are serialised: the writer of a tail register in the same process may call :meth:`service` while
+    another thread runs bursts.
 
     :ivar unit: uint64, private state. :ivar tlb: uint64[4, entries]. :ivar page: the hidden registers (FE_*).
+    :ivar walker: of the cached context.
     """
 
-    def __init__(
-        self, platform: Platform, index: int, formats: Sequence[Format | None] | None = None
-    ) -> None:
+    def __init__(self, platform: Platform, index: int) -> None:
         from iokeep.soft.hardware import engine
 
         self._engine = engine
         self.platform = platform
         self.index = index
-        self.bank = platform.iommu.bank
+        self.iommu = platform.iommu
+        self.hidden = platform.iommu.hidden
         self.page = platform.front_ends[index]
-        self.formats, self.kinds = engine.format_tables(
-            list(formats) if formats is not None else hardware_formats()
-        )
+        self.bdf = platform.bdf(index)
+        self._walkers: dict[tuple[object, ...], U64] = {}
+        self.walker = engine.walker()
         self.unit = np.zeros(engine.UNIT_WORDS, np.uint64)
-        self.unit[engine.C_BDF] = platform.bdf(index)
-        self.unit[engine.C_INDEX] = index
+        self.pending = np.zeros((engine.PENDING, 4), np.uint64)
         self.tlb = np.zeros((4, engine.TLB_ENTRIES), np.uint64)
         self.busy = threading.RLock()
-        self._queue = platform.iommu.queue
+        self._queue = self.iommu.queue
         self._behind = False  # IQH_REG is still to be moved after descriptors consumed here
-        platform.iommu.local_front_ends[index] = self.service
+        self.iommu.local_front_ends[index] = self.service
         self._queue.leave(index)  # a dead predecessor may have left it online
 
     @property
@@ -90,6 +85,7 @@ class FrontEnd:
     def leave(self) -> None:
         """Go offline with empty caches; no request may be in flight. Idempotent."""
         with self.busy:
+            self.record(wait=True)
             self.flush()
             if self.online:
                 self.service()
@@ -97,33 +93,83 @@ class FrontEnd:
 
     def flush(self) -> None:
         """Forget everything cached."""
-        self.unit[self._engine.C_VALID] = np.uint64(0)
-        self.unit[self._engine.T_LEVELS] = np.uint64(0)
+        e = self._engine
+        for word in (e.C_VALID, e.C_FAULT, e.T_SIZES, e.T_COUNT):
+            self.unit[word] = np.uint64(0)
         self.tlb[:] = np.uint64(0)
 
-    def translate(self, iova: int, write: bool) -> tuple[int | None, int]:
-        """Translate one request: (pa, 0), or (None, reason); reason: vtd.FaultReason or engine.UNTRANSLATED.
+    def prepare(self) -> None:
+        """Before requests: where translation is on and the context cache empty, look the context up.
 
-        The fault is recorded in FRCD_REG as that of a DMA request would be.
+        If there is none, the next request takes the fault.
         """
+        e, unit = self._engine, self.unit
+        if unit[e.C_VALID] or unit[e.C_FAULT] or not self.hidden[H_TRANSLATING]:
+            return
+        unit[e.C_LOOKUPS] += np.uint64(1)
+        try:
+            context = self.iommu.look_up(self.bdf)
+        except RootFault as fault:
+            unit[e.C_FAULT] = int(fault.reason)
+            unit[e.C_SILENT] = int(self.iommu.silent(fault))
+            return
+        self.walker = self._walker_of(context)
+        unit[e.C_OWNER] = context.owner
+        unit[e.C_PROT] = context.prot
+        unit[e.C_SILENT] = int(context.silent)
+        read, write = context.codes
+        unit[e.C_CODES : e.C_CODES + 2 * e.OUTCOMES] = (*read, *write)
+        unit[e.C_VALID] = np.uint64(1)
+
+    def _walker_of(self, context: Context) -> U64:
+        tables = (context.table,) if context.upper is None else (context.table, context.upper)
+        key = tuple((t.format, t.root_pa, *sorted(t.config.items())) for t in tables)
+        made = self._walkers.get(key)
+        if made is None:
+            if len(self._walkers) >= _WALKERS:
+                self._walkers.clear()
+            made = self._engine.walker(*((open_format(t.format, t.config), t.root_pa) for t in tables))
+            self._walkers[key] = made
+        return made
+
+    def record(self, *, wait: bool = False) -> None:
+        """Have the pending faults recorded; if somebody else holds the lock, not ``wait`` leaves them."""
+        e, unit = self._engine, self.unit
+        count, dropped = int(unit[e.P_COUNT]), int(unit[e.P_DROPPED])
+        if not count and not dropped:
+            return
+        with self.platform.lock.held() if wait else self.platform.lock.tried() as held:
+            if held is False:
+                return
+            faults = [Fault(*row) for row in self.pending[:count].tolist()]
+            self.iommu.record_faults(self.index, faults, dropped)
+        unit[e.P_COUNT] = unit[e.P_DROPPED] = np.uint64(0)
+
+    def translate(self, iova: int, write: bool) -> tuple[int | None, int]:
+        """Translate one request: (pa, 0), or (None, fault code); engine.UNTRANSLATED: translation is off.
+
+        The fault is recorded as that of a DMA request would be.
+        """
+        e = self._engine
         with self.busy:
             self.enter()
-            need = np.uint64(2 if write else 1)
-            reason, pa = self._engine.translate(
+            self.prepare()
+            if not self.hidden[H_TRANSLATING]:
+                return None, e.UNTRANSLATED
+            at, need = np.uint64(iova), np.uint64(2 if write else 1)
+            reason, pa = e.translate(
                 self.platform.ram.words,
-                self.bank,
                 self.page,
                 self.unit,
                 self.tlb,
-                self.formats,
-                self.kinds,
-                np.uint64(iova),
+                self.walker,
+                at,
                 need,
             )
             if not reason:
                 return int(pa), 0
-            if int(reason) != self._engine.UNTRANSLATED:
-                self._engine.record_fault(self.bank, self.page, self.unit, reason, np.uint64(iova), need)
+            e.pend(self.page, self.unit, self.pending, reason, at, need)
+            self.record(wait=True)
             return None, int(reason)
 
     def service(self) -> int:
@@ -132,7 +178,7 @@ class FrontEnd:
         Between two bursts no DMA is in flight, which is the drain that the descriptors ask for.
         """
         with self.busy:
-            page, queue, iommu = self.page, self._queue, self.platform.iommu
+            page, queue, iommu = self.page, self._queue, self.iommu
             if not page[FE_ONLINE]:
                 return 0
             epoch = iommu.hidden[H_EPOCH]
@@ -159,17 +205,11 @@ class FrontEnd:
             self._behind = not queue.try_complete()
             return done
 
-    @property
-    def _owner(self) -> int:
-        unit, e = self.unit, self._engine
-        owner = int(unit[e.C_DID]) | int(unit[e.C_PASID]) << 16
-        return owner | e.OWNER_FIRST if int(unit[e.C_KIND]) >= 3 else owner
-
     def invalidate(self, item: Invalidation) -> None:
         """Carry out one command on the caches of this front-end."""
         if item.context is not None:
             requester, owner = item.context
-            if requester(int(self.unit[self._engine.C_BDF])) and owner(self._owner):
+            if requester(self.bdf) and owner(int(self.unit[self._engine.C_OWNER])):
                 self.unit[self._engine.C_VALID] = np.uint64(0)
         if item.tlb is not None:
             self._invalidate_tlb(*item.tlb)
@@ -186,4 +226,4 @@ class FrontEnd:
             hit &= (first <= np.uint64(last)) & (end >= np.uint64(start))
         tlb[0, hit] = np.uint64(0)
         if not tlb[0].any():
-            self.unit[self._engine.T_LEVELS] = np.uint64(0)
+            self.unit[self._engine.T_SIZES] = self.unit[self._engine.T_COUNT] = np.uint64(0)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """VT-d: registers, capabilities, what a write does, commands, fault records.
 
-Source: VT-d specification revision 4.x, chapter 11 (register descriptions), 6.5.2 (queued invalidation), 7.1.3 and
-7.2.1 (faults); offsets checked against Linux drivers/iommu/intel/iommu.h.
+Source: VT-d specification revision 4.x, chapter 11 (register descriptions), 6.5.2 (queued invalidation),
+7.1.3 and 7.2.1 (faults); offsets checked against Linux drivers/iommu/intel/iommu.h.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from iokeep.soft.hardware.unit import (
     ANY,
     EVERYWHERE,
     FE_OVERFLOW,
+    H_UNIT,
     PAGE,
     Context,
     Fault,
@@ -65,7 +66,7 @@ IQA_QS_MASK = 7  # the queue is 4096 << QS bytes
 IQA_DW = 1 << 11  # descriptors of 256 bits
 IQT_MASK = 0x7FFF0
 
-HIDDEN_ROOT = 0xF00  # RTADDR_REG as latched by GCMD_REG.SRTP, behind the last register that this IOMMU has
+HIDDEN_ROOT = H_UNIT  # hidden word: RTADDR_REG as latched by GCMD_REG.SRTP
 
 # -- owner tags: domain id | PASID << 16 | OWNER_FIRST where a first-stage table translates --------------
 _PASID_SHIFT = 16
@@ -218,7 +219,7 @@ class VtdUnit(Unit):
         with self.lock.held():
             status = int(self.bank32[DMAR_GSTS_REG >> 2])
             if value & DMA_GCMD_SRTP:
-                self.bank[HIDDEN_ROOT >> 3] = self.bank[DMAR_RTADDR_REG >> 3]
+                self.hidden[HIDDEN_ROOT] = self.bank[DMAR_RTADDR_REG >> 3]
                 status |= DMA_GSTS_RTPS
             status = status & ~DMA_GSTS_TES | (DMA_GSTS_TES if value & DMA_GCMD_TE else 0)
             self.bank32[DMAR_GSTS_REG >> 2] = np.uint32(status)
@@ -276,7 +277,7 @@ class VtdUnit(Unit):
 
     def _find(self, device_id: int) -> Found:
         try:
-            found = self.found(device_id, {"root_register": int(self.bank[HIDDEN_ROOT >> 3])})
+            found = self.found(device_id, {"root_register": int(self.hidden[HIDDEN_ROOT])})
         except RootFault as e:
             early = e.reason in (FaultReason.SM_CONTEXT_NOT_PRESENT, FaultReason.SM_CONTEXT_RESERVED)
             if not early and _device_tlb(e.path):
