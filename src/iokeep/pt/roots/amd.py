@@ -142,6 +142,11 @@ def find_root(mem: Memory, register: int, device_id: int, pasid: int | None = No
     return _of_dte(mem, path, pasid)
 
 
+def dte_reserved(words: tuple[int, ...]) -> bool:
+    """A device table entry has a reserved bit set."""
+    return any(word & reserved for word, reserved in zip(words, DTE_RESERVED, strict=True))
+
+
 def _bad(path: Path, why: str, reason: FaultReason = FaultReason.ILLEGAL_DEV_TABLE_ENTRY) -> base.RootFault:
     return refuse(RootFault, reason, path, why)
 
@@ -151,7 +156,7 @@ def _of_dte(mem: Memory, path: Path, pasid: int | None) -> RootInfo:
     if not w[0] & V:
         # Everything else is ignored, every request passes untranslated.
         return RootInfo(translation="pass-through", table=None, domain_id=0, pasid=None, path=path, prot=3)
-    if any(word & reserved for word, reserved in zip(w, DTE_RESERVED, strict=True)):
+    if dte_reserved(w):
         raise _bad(path, "a reserved bit is set")
     if not w[0] & TV:
         raise _bad(path, "TV is 0: requests are blocked", FaultReason.IO_PAGE_FAULT)
@@ -442,6 +447,7 @@ _EVENTS = {
     FaultReason.ILLEGAL_COMMAND_ERROR: _EventRule(0, bits(63, 4), device=0),
     FaultReason.COMMAND_HARDWARE_ERROR: _EventRule(3 << 9, bits(63, 4), device=0),
 }
+_CODES = {int(code): code for code in _EVENTS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -480,10 +486,9 @@ def decode_event(words: tuple[int, ...]) -> Event:
     logs, or a reserved bit is set.
     """
     low, high = words
-    try:
-        code = FaultReason(low >> EVENT_CODE_SHIFT)
-    except ValueError as error:
-        raise ValueError(f"event code {low >> EVENT_CODE_SHIFT:#x} is unknown") from error
+    code = _CODES.get(low >> EVENT_CODE_SHIFT)
+    if code is None:
+        raise ValueError(f"event code {low >> EVENT_CODE_SHIFT:#x} is unknown")
     rule = _EVENTS[code]
     known = bits(63, 60) | rule.flags << EVENT_FLAGS_SHIFT | rule.domain << EVENT_DOMAIN_SHIFT | rule.device
     if low & ~known or high & ~rule.address:
