@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from iokeep.soft.hardware.unit import Unit
 
 #: kind -> (module, class) of its unit
-UNITS = {"vtd": ("vtd", "VtdUnit"), "riscv": ("riscv", "RiscvUnit")}
+UNITS = {"vtd": ("vtd", "VtdUnit"), "amd": ("amd", "AmdUnit"), "riscv": ("riscv", "RiscvUnit")}
 
 
 def unit_class(kind: str) -> type[Unit]:
