@@ -300,7 +300,9 @@ class AmdUnit(Unit):
 
     # -- for front-ends ----------------------------------------------------------------------------------
     def look_up(self, device_id: int) -> Context:
-        """See :meth:`Unit.look_up`. There is no guest translation here (EFR.GTSup is 0)."""
+        """See :meth:`Unit.look_up`. There is no guest translation here (EFR.GTSup is 0), and no kernel lets a
+        device pass untranslated: where an entry says so (V = 0, or Mode = 0), requests fault all the same.
+        """
         found = self.found(device_id)
         if found.translation in ("first-stage", "nested"):
             raise RootFault(FaultReason.ILLEGAL_DEV_TABLE_ENTRY, "dte", found.path, "GV is set")

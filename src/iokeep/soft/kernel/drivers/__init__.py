@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from iokeep.soft.kernel.kernel import Kernel
 
 #: kind of the platform's IOMMU -> (module, class) of its driver
-DRIVERS = {"vtd": ("vtd", "Vtd"), "riscv": ("riscv", "RiscvIommu")}
+DRIVERS = {"vtd": ("vtd", "Vtd"), "amd": ("amd", "AmdVi"), "riscv": ("riscv", "RiscvIommu")}
 
 
 def driver_of(kernel: Kernel) -> Iommu:
