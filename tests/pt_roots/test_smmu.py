@@ -432,6 +432,9 @@ def test_any_command_decodes_or_is_illegal(raw):
         (0x10 | 1 << 48, 0),
         (0x46 | 3 << 12, 0),
         (0x12, 0x1000 | 1 << 10),  # a range of NUM 0, SCALE 0, TTL 0
+        (0x12, 0x4000 | 2 << 10 | 1 << 8),  # no leaves of level 1 with 16K
+        (0x12 | 1 << 12, 0x1000),  # NUM without TG
+        (0x12, 0x1100),  # TTL without TG
         (0x2A, 1 << 52),
     ],
 )
@@ -456,7 +459,7 @@ def test_events_as_linux_reads_them():
 
 @st.composite
 def events(draw):
-    code = draw(st.sampled_from(FaultReason))
+    code = draw(st.sampled_from([reason for reason in FaultReason if reason <= smmu.EVT_ID]))
     fields = {"code": code, "sid": draw(st.integers(0, 2**32 - 1))}
     fields["ssid"] = draw(st.none() | st.integers(0, 2**20 - 1))
     if code >= FaultReason.F_WALK_EABT:
@@ -479,6 +482,7 @@ def test_events_encode_decode(event):
 @pytest.mark.parametrize(
     "fields",
     [
+        {"code": FaultReason.ABORTED},
         {"code": FaultReason.C_BAD_STE, "iova": 1},
         {"code": FaultReason.C_BAD_STE, "fetch_pa": 8},
         {"code": FaultReason.F_WALK_EABT, "fetch_pa": 8, "ipa": 0x1000},

@@ -60,6 +60,7 @@ S1DSS = 3
 S1DSS_TERMINATE, S1DSS_BYPASS, S1DSS_SSID0 = 0, 1, 2
 STRW_SHIFT = 30
 STRW_NSEL1, STRW_EL2 = 0, 2
+S2FWB, S1STALLD = 1 << 25, 1 << 27
 EATS_SHIFT = 28
 SHCFG_INCOMING = 1 << 44
 S2VMID = bits(15, 0)
@@ -67,7 +68,7 @@ S2VMID = bits(15, 0)
 S2T0SZ_SHIFT, S2SL0_SHIFT, S2IR0_SHIFT, S2OR0_SHIFT, S2SH0_SHIFT = 32, 38, 40, 42, 44
 S2TG_SHIFT, S2PS_SHIFT = 46, 48
 S2AA64, S2ENDI, S2AFFD, S2PTW = 1 << 51, 1 << 52, 1 << 53, 1 << 54
-S2S, S2R = 1 << 57, 1 << 58
+S2HD, S2HA, S2S, S2R = 1 << 55, 1 << 56, 1 << 57, 1 << 58
 S2TTB = bits(51, 4)
 
 # -- context descriptors -------------------------------------------------------------------
@@ -78,6 +79,7 @@ CD_BYTES = 64
 CD_V = 1 << 31
 CD_ENDI = 1 << 15
 CD_AA64 = 1 << 41
+CD_HD, CD_HA, CD_S = 1 << 42, 1 << 43, 1 << 44
 CD_R, CD_A, CD_ASET = 1 << 45, 1 << 46, 1 << 47
 CD_IPS_SHIFT, CD_ASID_SHIFT = 32, 48
 CD_TTB = bits(51, 4)
@@ -100,7 +102,8 @@ LINUX_MAIR = 0xFFFFFFFFF404FF44
 class FaultReason(base.FaultCode):
     """Events by their number (QEMU hw/arm/smmuv3-internal.h)."""
 
-    ABORTED = 0x00, "the stream is configured to be aborted, which records no event"
+    #: ours, above the 8 bits of an event's number
+    ABORTED = 0x200, "the stream is configured to be aborted, which records no event"
     C_BAD_STREAMID = 0x02, "the stream id is beyond the stream table"
     F_STE_FETCH = 0x03, "a stream table entry is not in memory"
     C_BAD_STE = 0x04, "the stream table entry is programmed wrongly"
@@ -626,16 +629,17 @@ def decode_command(words: Sequence[int]) -> Command | None:
         return Command(op=op, vmid=vmid, asid=asid)
     start, size = w1 & TLBI_VA, 4096
     tg, ttl = (w1 & TLBI_TG) >> TLBI_TG_SHIFT, (w1 & TLBI_TTL) >> TLBI_TTL_SHIFT
+    num, scale = (w0 & TLBI_NUM) >> TLBI_NUM_SHIFT, (w0 & TLBI_SCALE) >> TLBI_SCALE_SHIFT
+    # 4.4.1.1: with the 16K granule there are no leaves of level 1. One granule without a level is reserved,
+    # and without a granule there is neither range nor level.
+    ttl = 0 if (tg, ttl) == (2, 1) else ttl
+    if bool(tg) != bool(num or scale or ttl):
+        return None
     if tg:
-        num, scale = (w0 & TLBI_NUM) >> TLBI_NUM_SHIFT, (w0 & TLBI_SCALE) >> TLBI_SCALE_SHIFT
-        if not num and not scale and not ttl:
-            return None  # reserved (specification 4.4.1.1)
         granule = 2 * tg + 10
         start, size = start >> granule << granule, (num + 1) << scale << granule
     last = min(start + size, 1 << 64) - 1
-    return Command(
-        op=op, vmid=vmid, asid=asid, start=start, last=last, leaf=bool(w1 & CMD_LEAF), ttl=ttl if tg else 0
-    )
+    return Command(op=op, vmid=vmid, asid=asid, start=start, last=last, leaf=bool(w1 & CMD_LEAF), ttl=ttl)
 
 
 def cfgi_ste(sid: int, *, leaf: bool = False) -> Words2:
@@ -650,18 +654,18 @@ def cfgi_ste_range(sid: int, lg2: int) -> Words2:
 
 
 def cfgi_all() -> Words2:
-    """CMD_CFGI_ALL: forget every stream table entry and context descriptor (4.3.3)."""
+    """CMD_CFGI_ALL: forget every stream table entry and context descriptor (4.3.6)."""
     return cfgi_ste_range(0, CFGI_RANGE_ALL + 1)
 
 
 def cfgi_cd(sid: int, ssid: int = 0, *, leaf: bool = True) -> Words2:
-    """CMD_CFGI_CD: forget a context descriptor; unless ``leaf`` its level 1 descriptor too (4.3.4)."""
+    """CMD_CFGI_CD: forget a context descriptor; unless ``leaf`` its level 1 descriptor too (4.3.3)."""
     word = Op.CFGI_CD | number_field("stream id", sid, 32) << CMD_SID_SHIFT
     return word | number_field("substream id", ssid, 20) << CMD_SSID_SHIFT, int(leaf)
 
 
 def cfgi_cd_all(sid: int) -> Words2:
-    """CMD_CFGI_CD_ALL: forget all context descriptors of a stream (4.3.5)."""
+    """CMD_CFGI_CD_ALL: forget all context descriptors of a stream (4.3.4)."""
     return Op.CFGI_CD_ALL | number_field("stream id", sid, 32) << CMD_SID_SHIFT, 0
 
 
@@ -764,7 +768,7 @@ EVT_CLASS_SHIFT = 40
 CLASS_CD, CLASS_TT, CLASS_IN = 0, 1, 2
 EVT_IPA = bits(51, 12)
 EVT_FETCH = bits(51, 3)
-_REASONS = {int(reason): reason for reason in FaultReason}
+_REASONS = {int(reason): reason for reason in FaultReason if reason <= EVT_ID}
 #: events of a walk: they say request, stage and class
 _OF_WALK = frozenset(
     {
@@ -804,6 +808,8 @@ class Event:
 
 def event_words(event: Event) -> Words4:
     """The record as the event queue has it. :raises ValueError: a field that this event does not have."""
+    if event.code > EVT_ID:
+        raise ValueError(f"{event.code.name} is recorded nowhere")
     w0 = event.code | number_field("stream id", event.sid, 32) << EVT_SID_SHIFT
     if event.ssid is not None:
         w0 |= EVT_SSV | number_field("substream id", event.ssid, 20) << EVT_SSID_SHIFT

@@ -10,7 +10,12 @@ if TYPE_CHECKING:
     from iokeep.soft.hardware.unit import Unit
 
 #: kind -> (module, class) of its unit
-UNITS = {"vtd": ("vtd", "VtdUnit"), "amd": ("amd", "AmdUnit"), "riscv": ("riscv", "RiscvUnit")}
+UNITS = {
+    "amd": ("amd", "AmdUnit"),
+    "riscv": ("riscv", "RiscvUnit"),
+    "smmuv3": ("smmu", "SmmuUnit"),
+    "vtd": ("vtd", "VtdUnit"),
+}
 
 
 def unit_class(kind: str) -> type[Unit]:
