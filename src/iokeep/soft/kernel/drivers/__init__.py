@@ -11,7 +11,12 @@ if TYPE_CHECKING:
     from iokeep.soft.kernel.kernel import Kernel
 
 #: kind of the platform's IOMMU -> (module, class) of its driver
-DRIVERS = {"vtd": ("vtd", "Vtd"), "amd": ("amd", "AmdVi"), "riscv": ("riscv", "RiscvIommu")}
+DRIVERS = {
+    "amd": ("amd", "AmdVi"),
+    "riscv": ("riscv", "RiscvIommu"),
+    "smmuv3": ("smmu", "Smmu"),
+    "vtd": ("vtd", "Vtd"),
+}
 
 
 def driver_of(kernel: Kernel) -> Iommu:
