@@ -271,6 +271,8 @@ def sizes(input_bits, output_bits=None, **more):
         (sizes(40, iommu="stage-2"), 1, 1024),
         (sizes(42, iommu="stage-2"), 1, 4096),
         (sizes(44, iommu="stage-2"), 0, 32),
+        (sizes(40, 48, iommu="stage-2"), 0, 2),
+        (sizes(40, 48, iommu="stage-2", start_level="1"), 1, 1024),
         ({"iommu": "stage-2", "granule": "16K"}, 1, 4096),
         (sizes(40, iommu="stage-2", granule="16K"), 2, 32768),
         (sizes(44, 48, iommu="stage-2", granule="64K"), 1, 4),
