@@ -23,6 +23,7 @@ CONFIGS = [
     lpae(1, G4, 39, 40, ttbr=1),
     lpae(1, G4, 48, 44),
     lpae(1, G4, 48, 48, hw_access=1),
+    lpae(1, G4, 48, 48, hw_access=1, hw_dirty=1),
     lpae(1, G4, 52, 52),
     lpae(1, G4, 48, 48, lpa2=1),
     lpae(1, G16, 36),
@@ -44,6 +45,7 @@ CONFIGS = [
     lpae(2, G64, 44, 44),
     lpae(2, G64, 46, 44, start_level=2),
     lpae(2, G64, 52, 52, hw_access=1),
+    lpae(2, G4, 40, 40, hw_dirty=1),
     ("arm_mali_lpae", {}),
     ("arm_mali_lpae", {"input_bits": 36, "output_bits": 32}),
     ("arm_v7s", {}),
@@ -90,8 +92,7 @@ def masked(fmt, item, level):
             pa &= -1 << (spec.shift + run.lg2)
         if run.attrs is not None:
             attrs, wanted = run.attrs, run.attrs_value
-    prot = (item & spec.r_mask == spec.r_value) | (item & spec.w_mask == spec.w_value) << 1
-    return True, pa, prot, item & attrs != wanted
+    return True, pa, spec.leaf_prot(item), item & attrs != wanted
 
 
 def seeds(fmt, level):
@@ -287,7 +288,10 @@ def test_configurations_that_no_hardware_has(name, config):
 
 def test_quirks_say_what_other_keys_say():
     assert open_format(*lpae(1, G4, 48, quirks="0x20")) is open_format(*lpae(1, G4, 48, ttbr=1))
-    assert open_format(*lpae(1, G4, 48, quirks="0x81")) is open_format(*lpae(1, G4, 48))
+    assert open_format(*lpae(1, G4, 48, quirks="0x81")) is open_format(
+        *lpae(1, G4, 48, hw_access=1, hw_dirty=1)
+    )
+    assert open_format(*lpae(1, G4, 48, quirks="0x1")) is open_format(*lpae(1, G4, 48))
     assert open_format(*lpae(2, G4, 48, quirks=0x100)) is open_format(*lpae(2, G4, 48, fwb=1))
 
 

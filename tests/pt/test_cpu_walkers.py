@@ -54,7 +54,9 @@ class RiscV:
     def __init__(self, levels):
         from unicorn import riscv_const as c
 
-        self.fmt = open_format("riscv64", {"levels": levels, "svnapot": 0, "svpbmt": 0})
+        # It sets A and D itself, as an IOMMU with tc.SADE does.
+        config = {"levels": levels, "svnapot": 0, "svpbmt": 0, "hardware_ad": 1}
+        self.fmt = open_format("riscv64", config)
         self.c, self.levels = c, levels
         self.uc = unicorn.Uc(unicorn.UC_ARCH_RISCV, unicorn.UC_MODE_RISCV64)
         self.value, self.address = c.UC_RISCV_REG_A0, c.UC_RISCV_REG_A1

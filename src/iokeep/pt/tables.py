@@ -299,7 +299,7 @@ def leaves_of(
         iova,
         spec.leaf_pas(items),
         np.full(len(iova), level, np.uint8),
-        _prot(items, spec.r_mask, spec.r_value, spec.w_mask, spec.w_value) & upper,
+        spec.leaf_prots(items) & upper,
         items,
         at,
         np.full(len(iova), spec.shift, np.uint8),
@@ -334,7 +334,10 @@ def _join_runs(tm: TableMemory, level: int, leaves: Items, run: U8) -> tuple[Ite
     address = spec.leaf_pa_mask
     for piece, _ in spec.pa_pieces:
         address |= piece
-    differ = (leaves.item ^ leaves.item[owner]) & care
+    # Of the items of a run hardware may have marked some as dirty (D8, "Hardware management of the dirty
+    # state"): all may be written.
+    same = spec.one_writable(leaves.item)
+    differ = (same ^ same[owner]) & care
     differ = np.where(hint, differ & np.uint64(~address & (2**64 - 1)), differ)
     agree = (differ == 0) & (leaves.prot == leaves.prot[owner])
     agree &= pa == pa[owner] + (leaves.iova - leaves.iova[owner])

@@ -6,23 +6,28 @@ nothing is missing, nothing is extra, no reserved bit is set anywhere. Accessed 
 the format ignores do not count; how the mapping is cut into leaves does not count either (see ``layout``).
 
 Two steps. The *sweep* compares each table of level 0 with the items that the expectation would write there,
-masked: that proves a table at memory speed, or leaves it unproved. What is unproved, and everything that is
-not a table of level 0, is then *judged* range by range (``compare``), which is exact and says why.
+masked: that proves a table at memory speed, or leaves it unproved. There is more than one way to write the
+same translation: leaves of the contiguous sizes that Linux chooses are tried first where the format has such,
+then single items, then what hardware may have made of them (a hint of contiguity, a dirty state). What is
+unproved, and everything that is not a table of level 0, is then *judged* range by range (``compare``), which
+is exact and says why.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from iokeep.mem.memory import I64, U8, U64, Memory
 from iokeep.pt.attributes import Differences, compare_flags, judged, table_traits
+from iokeep.pt.build import choose_leaves
 from iokeep.pt.compare import Comparison, Found, LayoutRange, Spans, Verdict, find
 from iokeep.pt.extents import PROT_R, PROT_W, Extents
-from iokeep.pt.formats.base import Format
+from iokeep.pt.formats.base import Contig, Format
 from iokeep.pt.layout import Layout, compare_layouts, table_layout
 from iokeep.pt.leaves import Leaves
 from iokeep.pt.tables import (
@@ -42,6 +47,8 @@ from iokeep.pt.tables import (
 #: below, NumPy is done before Numba has started
 COMPILED_WARM = 64 << 20
 COMPILED_COLD = 1 << 30
+#: proves tables: memory, rows, kinds, words, IOVAs, first extents, extents after the last, expectation
+Way = Callable[..., NDArray[np.bool_]]
 #: a window of the judge holds at most so many unproved tables and expected extents
 _WINDOW_TABLES = 256
 _WINDOW_EXTENTS = 1 << 17
@@ -92,6 +99,18 @@ class Expectation:
             if pieces:  # words of such a run are no ramp
                 self.sound[part] &= ((pa ^ end) & pieces) == 0
         self.all_sound = bool(self.sound.all())
+        #: contiguous entries that Linux writes instead of single items, small to large, and their ``perms``;
+        #: those with masks of their own (Armv7s) are left to the judge
+        self.runs: dict[int, tuple[Contig, U64]] = {
+            c.lg2: (c, np.array([fmt.leaf_bits(0, p, c) ^ spec.invert for p in range(4)], np.uint64))
+            for c in sorted(spec.contig, key=lambda c: c.lg2)
+            if c.replicated and spec.shift + c.lg2 in spec.lg2s and _as_items(c)
+        }
+        #: memory attributes that do not count, but in which the items of one entry must agree
+        self.alike = np.uint64(0)
+        for c in spec.contig:
+            for _, mask in spec.memory if c.memory is None else c.memory:
+                self.alike |= np.uint64(mask & spec.leaf_ignored)
 
     def word(self, at: NDArray[np.intp]) -> U64:
         """Items of the first pages of the extents ``at``, as masks see them."""
@@ -100,6 +119,11 @@ class Expectation:
     def steps(self, offset: U64) -> U64:
         """How much larger words are ``offset`` bytes on."""
         return offset >> np.uint64(self.spec.pa_shift) if self.spec.pa_shift else offset
+
+
+def _as_items(contig: Contig) -> bool:
+    """The masks of single items hold for its items too."""
+    return contig.reserved is None and contig.attrs is None and contig.memory is None
 
 
 def _proved(
@@ -124,10 +148,10 @@ def _proved(
             unsound = np.concatenate((np.zeros(1, np.int64), np.cumsum(~want.sound)))
             ok &= unsound[b] == unsound[a]
     word = np.zeros(len(base), np.uint64)
+    kind = np.where(single, np.uint8(1), np.where(count == 0, np.uint8(0), np.uint8(2))).astype(np.uint8)
     if single.any():
         word[single] = want.word(at[single]) + want.steps(base[single] - e.iova[at[single]])
-    # 0: nothing expected, 1: one run over the whole table, 2: anything else
-    kind = np.where(single, np.uint8(1), np.where(count == 0, np.uint8(0), np.uint8(2))).astype(np.uint8)
+    # kind 0: nothing expected, 1: one run over the whole table, 2: anything else
     if compiled is None:
         warm = "iokeep.pt.sweep" in sys.modules
         compiled = os.environ.get("NUMBA_DISABLE_JIT", "0") == "0" and len(base) * tm.fmt.table_bytes >= (
@@ -136,24 +160,38 @@ def _proved(
     if compiled and tm.plain and not spec.pa_shift and not spec.pa_pieces:
         from iokeep.pt import sweep
 
-        swept = sweep.proved(tm, upper.row, kind, word, base, a, b, e, want.perms)
-        both: NDArray[np.bool_] = np.logical_and(ok, swept)
-        return both
-    for lo in range(0, len(base), CHUNK):
-        hi = min(lo + CHUNK, len(base))
-        ok[lo:hi] &= _sweep(
-            tm, upper.row[lo:hi], kind[lo:hi], word[lo:hi], base[lo:hi], a[lo:hi], b[lo:hi], want
-        )
-    return np.asarray(ok, np.bool_)
+        done = np.asarray(sweep.proved(tm, upper.row, kind, word, base, a, b, e, want.perms), np.bool_)
+        tries: tuple[Way, ...] = _TRIES[1:]
+    else:
+        done = np.zeros(len(base), np.bool_)
+        tries = _TRIES
+    for way in tries if not want.runs else (_in_runs, *(t for t in tries if t is not _in_runs)):
+        left = np.flatnonzero(ok & ~done)
+        if not len(left) or not _applies(way, want):
+            continue
+        for lo in range(0, len(left), CHUNK):
+            part = left[lo : lo + CHUNK]
+            done[part] = way(tm, upper.row[part], kind[part], word[part], base[part], a[part], b[part], want)
+    both: NDArray[np.bool_] = np.logical_and(ok, done)
+    return both
 
 
 def _sweep(
-    tm: TableMemory, row: I64, kind: U8, word: U64, base: U64, a: I64, b: I64, want: Expectation
+    tm: TableMemory,
+    row: I64,
+    kind: U8,
+    word: U64,
+    base: U64,
+    a: I64,
+    b: I64,
+    want: Expectation,
+    items: U64 | None = None,
 ) -> NDArray[np.bool_]:
-    """One chunk of the sweep by NumPy."""
+    """One chunk of the sweep by NumPy, of single items. :param items: of the tables, if they are at hand."""
     spec = tm.fmt.levels[0]
     care = np.uint64(~spec.leaf_ignored & _MAX)
-    items = tm.items(row)
+    if items is None:
+        items = tm.items(row)
     if bool((kind == 1).all()):
         ramp = np.arange(spec.items, dtype=np.uint64) * np.uint64(want.step)
         buffer = word[:, None] + ramp
@@ -176,14 +214,134 @@ def _sweep(
     return equal
 
 
+def _in_runs(
+    tm: TableMemory, row: I64, kind: U8, word: U64, base: U64, a: I64, b: I64, want: Expectation
+) -> NDArray[np.bool_]:
+    """One chunk by NumPy, as Linux writes it: the largest contiguous entry wherever one fits."""
+    spec, e = tm.fmt.levels[0], want.extents
+    care = np.uint64(~spec.leaf_ignored & _MAX) | want.alike
+    items = tm.items(row)
+    wanted = np.zeros((len(row), spec.items), np.uint64)
+    one = np.flatnonzero(kind == 1)
+    if len(one):
+        at = a[one]
+        slide = (e.iova[at] ^ e.pa[at]) >> np.uint64(spec.shift)
+        lg2 = np.zeros(len(one), np.intp)
+        first = word[one]
+        for n, (_, perms) in want.runs.items():
+            fits = (slide & np.uint64((1 << n) - 1)) == 0
+            lg2[fits] = n
+            pa = e.pa[at[fits]] + (base[one[fits]] - e.iova[at[fits]])
+            first[fits] = spec.pa_words(pa) | perms[e.prot[at[fits]]]
+        number = np.arange(spec.items, dtype=np.uint64)
+        for n in np.unique(lg2).tolist():
+            ramp = (number >> np.uint64(n) << np.uint64(n)) * np.uint64(want.step)
+            mine = lg2 == n
+            if mine.all() and len(one) == len(row):
+                np.add(first[:, None], ramp, out=wanted)
+            else:
+                wanted[one[mine]] = first[mine][:, None] + ramp
+    mixed = np.flatnonzero(kind == 2)
+    if len(mixed):
+        _fill_runs(tm.fmt, wanted, mixed, base, a, b, want)
+    if len(one) == len(row) and not want.alike:
+        np.bitwise_xor(wanted, items, out=wanted)
+        np.bitwise_and(wanted, care, out=wanted)
+        alone: NDArray[np.bool_] = np.logical_not(np.any(wanted, axis=1))
+        return alone
+    there = wanted != 0
+    mask = np.where(there, care, np.uint64(spec.valid_mask))
+    if want.alike:
+        # One value in the whole table is not asked for, but is enough.
+        some = np.take_along_axis(items, there.argmax(axis=1)[:, None], axis=1) & want.alike
+        wanted &= ~want.alike
+        wanted |= np.where(there, some, np.uint64(0))
+    np.bitwise_xor(wanted, items, out=wanted)
+    np.bitwise_and(wanted, mask, out=wanted)
+    equal: NDArray[np.bool_] = np.logical_not(np.any(wanted, axis=1))
+    return equal
+
+
+def _fill_runs(fmt: Format, wanted: U64, mixed: I64, base: U64, a: I64, b: I64, want: Expectation) -> None:
+    """As :func:`_fill`, in the sizes that Linux chooses."""
+    spec, e = fmt.levels[0], want.extents
+    shift = np.uint64(spec.shift)
+    owner, at = _pieces(mixed, a, b)
+    start = np.maximum(e.iova[at], base[owner])
+    end = np.minimum(e.last[at], base[owner] + np.uint64((spec.items << spec.shift) - 1))
+    if int((end - start).max()) >> spec.shift == 0:
+        _fill(fmt, wanted, mixed, base, a, b, want)
+        return
+    raw: U64 = (owner.astype(np.uint64) << np.uint64(spec.shift + spec.index_bits)) | (start - base[owner])
+    pa = (e.pa[at] + (start - e.iova[at])).astype(np.uint64, copy=False)
+    prot = e.prot[at]
+    flat = wanted.reshape(-1)
+    largest = spec.shift + spec.index_bits - 1
+    for run in choose_leaves(fmt, raw, end - start + np.uint64(1), pa, prot, largest):
+        lg2 = 0 if run.contig is None else run.contig.lg2
+        perms = want.perms if lg2 == 0 else want.runs[lg2][1]
+        slot = (run.iova >> shift).astype(np.int64)
+        first = spec.pa_words(run.pa) | perms[run.prot]
+        piece = np.repeat(np.arange(len(slot)), run.count)
+        inner = np.arange(len(piece)) - np.repeat(np.cumsum(run.count) - run.count, run.count)
+        place = slot[piece] + inner
+        inner = inner >> lg2 << lg2 if lg2 else inner
+        flat[place] = first[piece] + inner.astype(np.uint64) * np.uint64(want.step)
+
+
+def _marked(
+    tm: TableMemory, row: I64, kind: U8, word: U64, base: U64, a: I64, b: I64, want: Expectation
+) -> NDArray[np.bool_]:
+    """One chunk by NumPy, of single items that carry a hint of contiguity or hardware's dirty state."""
+    spec = tm.fmt.levels[0]
+    items = spec.one_writable(tm.items(row))
+    sound = np.ones(len(row), np.bool_)
+    ramp = np.arange(spec.items, dtype=np.uint64)
+    pages = (items & np.uint64(spec.leaf_pa_mask)) >> np.uint64(spec.shift - spec.pa_shift)
+    for c in spec.contig:
+        if c.replicated or spec.pa_pieces:
+            continue
+        part = (items & np.uint64(c.mask)) == np.uint64(c.value)
+        if not part.any():
+            continue
+        shape = (len(row), spec.items >> c.lg2, 1 << c.lg2)
+        mine, inner = part.reshape(shape), ramp[: 1 << c.lg2]
+        whole = mine.all(axis=2)
+        page = pages.reshape(shape)
+        first = page[:, :, :1]
+        in_line = ((page - first) == inner).all(axis=2) & ((first[:, :, 0] & inner[-1]) == 0)
+        alike = items.reshape(shape) & want.alike
+        in_line &= (alike == alike[:, :, :1]).all(axis=2)
+        sound &= (in_line & whole | ~mine.any(axis=2)).all(axis=1)
+        items = np.where(part, items & np.uint64(~c.mask & _MAX), items)
+    return _sweep(tm, row, kind, word, base, a, b, want, items) & sound
+
+
+#: ways to prove a table, in the order in which they are tried; what Linux writes comes first (``_in_runs``)
+_TRIES: tuple[Way, ...] = (_sweep, _in_runs, _marked)
+
+
+def _applies(way: Way, want: Expectation) -> bool:
+    if way is _in_runs:
+        return bool(want.runs)
+    if way is _marked:
+        return bool(want.spec.w_values) or any(not c.replicated for c in want.spec.contig)
+    return True
+
+
+def _pieces(mixed: I64, a: I64, b: I64) -> tuple[I64, I64]:
+    """Table and extent of each piece of the tables ``mixed``, which the extents a ... b - 1 touch."""
+    count = (b - a)[mixed]
+    owner = np.repeat(mixed, count)
+    nth = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
+    return owner, np.repeat(a[mixed], count) + nth
+
+
 def _fill(fmt: Format, wanted: U64, mixed: I64, base: U64, a: I64, b: I64, want: Expectation) -> None:
     """Write the expected items of the tables ``mixed``, which meet several extents or part of one."""
     spec, e = fmt.levels[0], want.extents
     shift = np.uint64(spec.shift)
-    count = (b - a)[mixed]
-    owner = np.repeat(mixed, count)
-    nth = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
-    at = np.repeat(a[mixed], count) + nth
+    owner, at = _pieces(mixed, a, b)
     first = e.iova[at]
     start = np.maximum(first, base[owner])
     end = np.minimum(e.last[at], base[owner] + np.uint64((spec.items << spec.shift) - 1))

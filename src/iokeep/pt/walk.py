@@ -56,7 +56,7 @@ def walk(fmt: Format, mem: Memory, root_pa: int, iova: int) -> Walk:
             bad = spec.bad_leaf(item)
             if bad is not None:
                 return end(f"reserved bits {bad:#x} in the leaf at level {level}")
-            prot &= int(item & spec.r_mask == spec.r_value) | int(item & spec.w_mask == spec.w_value) << 1
+            prot &= spec.leaf_prot(item)
             lg2, pa = spec.shift, spec.leaf_pa(item)
             run = spec.contig_of(item)
             if run is not None:

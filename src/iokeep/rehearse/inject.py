@@ -375,7 +375,7 @@ def _leaf_size(
     one, two = fmt.levels[0], fmt.levels[1]
     item, pa = int(found.item[i]), int(found.pa[i])
     count = one.items
-    prot = (1 if item & two.r_mask == two.r_value else 0) | (2 if item & two.w_mask == two.w_value else 0)
+    prot = two.leaf_prot(item)
     base = one.leaf_base | one.prot_bits[prot]
     pas = np.uint64(pa) + (np.arange(count, dtype=np.uint64) << np.uint64(one.shift))
     words = (pas | np.uint64(base)) ^ np.uint64(fmt.invert)

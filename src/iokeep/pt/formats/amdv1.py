@@ -30,7 +30,8 @@ Next level 0 is a leaf of the level's default size. Next level 7 is a larger one
 items that are all equal: its size is 2**(n + 1) bytes where bit n is the lowest 0 of the address from bit 12
 on. A table item may skip levels; the IOVA bits of the levels skipped must be 0. The sixth level translates
 IOVA bits 63:57 and has no leaves. The table grows by a new root above the old one: ``levels`` is what the
-device table entry's mode says now.
+device table entry's mode says now. A and D take no permission away: hardware sets them where the device table
+entry's HAD says so and goes on, and ignores them elsewhere; IR and IW alone decide.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from iokeep.errors import InputError
-from iokeep.pt.formats.base import Bits, Contig, LevelSpec
+from iokeep.pt.formats.base import Bits, Contig, LevelSpec, Pairs
 from iokeep.pt.formats.config import integers
 
 #: granule -> log2 of it
@@ -42,6 +42,10 @@ def bits(high: int, low: int) -> int:
 VALID, NOT_BLOCK = 1 << 0, 1 << 1
 SH, AF = bits(9, 8), 1 << 10
 NT, DBM, CONTIGUOUS = 1 << 16, 1 << 51, 1 << 52
+#: hw_access: hardware sets AF, or does not look at it (CD.HA, STE.S2HA; CD.AFFD, STE.S2AFFD = 1); hw_dirty:
+#: hardware manages the dirty state (CD.HD, STE.S2HD), which is so with HA = 1 only. DDI 0487, chapter D8,
+#: "Hardware management of the Access flag" and "... of the dirty state".
+HARDWARE = {"hw_access": (0, (0, 1)), "hw_dirty": (0, (0, 1))}
 SOFTWARE, PBHA = bits(58, 55), bits(62, 59)
 #: software bit of a table item: Linux has made it visible to hardware (ARM_LPAE_PTE_SW_SYNC)
 SYNCED = 1 << 55
@@ -139,7 +143,7 @@ class Geometry:
         table_ignored: int,
         base: int,
         read: tuple[int, int],
-        write: tuple[int, int],
+        write: Pairs,
         table_write: tuple[int, int],
         prot: tuple[int, int, int, int],
         fields: Bits,
@@ -150,7 +154,8 @@ class Geometry:
         :param memory: memory attributes of a leaf, of any value. :param wanted: attributes that must be 0.
         :param wrong: reserved bits of a leaf. :param table_memory: attributes of a table item that must be 0.
         :param table_ignored: bits of it that do not count. :param base: what Linux sets in every leaf.
-        :param read: (mask, value) of a leaf. :param write: likewise. :param table_write: of a table item.
+        :param read: (mask, value) of a leaf. :param write: likewise, any of them, the first as software
+        does it. :param table_write: of a table item.
         :param fields: names of a leaf's memory attributes. :param table_fields: names in a table item.
         """
         shift, may_leaf = self.shift(number), self.may_leaf(number)
@@ -160,6 +165,9 @@ class Geometry:
             joined = 0  # larger than the table: AArch64.ContiguousBitFaults
         not_sh = ~SH if self.lpa2 else -1  # with DS = 1 SH is TCR's, and 9:8 are address
         nt = 0 if page else NT
+        write_mask = 0
+        for mask, _ in write:
+            write_mask |= mask
         return LevelSpec(
             shift=shift,
             index_bits=self.index_bits(number),
@@ -176,8 +184,9 @@ class Geometry:
             pa_pieces=self.pieces,
             r_mask=read[0],
             r_value=read[1],
-            w_mask=write[0],
-            w_value=write[1],
+            w_mask=write_mask,
+            w_value=write[0][1],
+            w_values=write if len(write) > 1 else (),
             tr_mask=0,
             tr_value=0,
             tw_mask=0 if page else table_write[0],
@@ -188,7 +197,12 @@ class Geometry:
             else self.reserved(self.page)
             | 1 << 50
             | (bits(63, 59) & ~(table_memory | table_ignored | table_write[0])),
-            leaf_ignored=(memory & not_sh) | (AF & ~read[0]) | DBM | SOFTWARE | PBHA | 1 << 63,
+            leaf_ignored=(memory & not_sh)
+            | (AF & ~read[0])
+            | (DBM & ~write_mask)
+            | SOFTWARE
+            | PBHA
+            | 1 << 63,
             table_ignored=0 if page else (bits(11, 2) & not_sh) | bits(58, 51) | table_ignored,
             leaf_base=(base & not_sh) | VALID | (NOT_BLOCK if page else 0),
             table_base=0 if page else VALID | NOT_BLOCK,
@@ -256,7 +270,11 @@ def read_config(
     )
     allowed["lpa2"] = (int(large), (0, 1))
     given = {key: value for key, value in config.items() if key != "quirks"}
+    if given.get("hw_dirty") == 1:
+        given = {"hw_access": 1, **given}
     full = integers(name, given, allowed)
+    if full.get("hw_dirty") and not full["hw_access"]:
+        raise _no(name, "hw_dirty without hw_access", "TCR.HD, VTCR.HD have an effect with HA = 1 only")
     page, size, output = GRANULES[full["granule"]], full["input_bits"], full["output_bits"]
     if full["lpa2"] and page == 16:
         raise _no(name, "lpa2 with the 64K granule", "TCR.DS has a meaning for 4K and 16K only")

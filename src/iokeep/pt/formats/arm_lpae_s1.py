@@ -25,7 +25,7 @@ bits   leaf                         table item                   here
 47:n   OA                           pa of the next table         translation; else reserved
 49:48  RES0 (LPA2: PA)              RES0 (LPA2: PA)              reserved (translation)
 50     GP                           RES0                         attribute (Linux writes 0); table: reserved
-51     DBM                          ignored                      ignored: HTTU's
+51     DBM                          ignored                      ignored; ``hw_dirty``: permission to write
 52     contiguous                   ignored                      contiguous entry, a hint
 53, 54 PXN, UXN                     ignored                      memory attribute: IOMMU_NOEXEC sets both
 58:55  software                     ignored                      ignored; Linux: 55 = table item is synced
@@ -37,7 +37,13 @@ bits   leaf                         table item                   here
 
 There is no write-only. AF: with CD.HA = 0 and CD.AFFD = 0, as in the CDs that Linux wrote, a leaf with AF = 0
 is an access flag fault at every access: it is present and lets nothing pass. ``hw_access`` = 1 (CD.HA) makes
-hardware set it, and then it does not count. DBM does not count: AP[2] says what is granted now.
+hardware set it, and then it does not count.
+
+DBM does not count where hardware does not manage the dirty state: AP[2] says what is granted. ``hw_dirty`` =
+1 (CD.HD, IO_PGTABLE_QUIRK_ARM_HD) makes it do so: a leaf with DBM = AP[2] = 1 is then "writable-clean", a
+write is granted and clears AP[2] (DDI 0487, chapter D8, "Hardware management of the dirty state"). Linux sets
+DBM in every leaf that may be written, and AP[2] again when it reads the dirty state
+(``arm_lpae_prot_to_pte()``, ``arm_lpae_read_and_clear_dirty()``).
 """
 
 from __future__ import annotations
@@ -47,6 +53,8 @@ from types import MappingProxyType
 
 from iokeep.pt.formats.arm_lpae import (
     AF,
+    DBM,
+    HARDWARE,
     QUIRK_HD,
     QUIRK_NO_WARN,
     QUIRK_NS,
@@ -59,13 +67,13 @@ from iokeep.pt.formats.arm_lpae import (
     read_config,
 )
 from iokeep.pt.formats.base import CACHE as CACHED
-from iokeep.pt.formats.base import MMIO, NOEXEC, PRIV, Format, LevelSpec
+from iokeep.pt.formats.base import MMIO, NOEXEC, PRIV, Format, LevelSpec, Pairs
 
 SPEC = "Arm Architecture Reference Manual (DDI 0487), chapter D8, stage 1; SMMUv3 (IHI 0070)"
 
 #: key -> (default, values), besides those of ``arm_lpae.read_config``: ttbr 1 = the table of CD.TTB1, whose
-#: IOVAs are all ones above the input size; hw_access = CD.HA.
-CONFIG = {"ttbr": (0, (0, 1)), "hw_access": (0, (0, 1))}
+#: IOVAs are all ones above the input size; hw_access, hw_dirty = CD.HA, CD.HD.
+CONFIG = {"ttbr": (0, (0, 1)), **HARDWARE}
 
 ATTR_INDEX, NS, AP_UNPRIVILEGED, AP_READ_ONLY, NG = bits(4, 2), 1 << 5, 1 << 6, 1 << 7, 1 << 11
 GP, XN = 1 << 50, bits(54, 53)
@@ -80,6 +88,12 @@ MEMORY = ATTR_INDEX | NS | AP_UNPRIVILEGED | SH | NG | XN
 
 def _level(number: int, geometry: Geometry, config: Mapping[str, int]) -> LevelSpec:
     af = 0 if config["hw_access"] else AF
+    write: Pairs = ((af | AP_READ_ONLY, af),)
+    writable = 0
+    if config["hw_dirty"]:
+        # As Linux writes it (writable-dirty), without DBM, and writable-clean.
+        write = ((AP_READ_ONLY | DBM, DBM), (AP_READ_ONLY, 0), (DBM, DBM))
+        writable = DBM
     return geometry.level(
         number,
         memory=MEMORY,
@@ -90,9 +104,9 @@ def _level(number: int, geometry: Geometry, config: Mapping[str, int]) -> LevelS
         # As for IOMMU_CACHE, which VFIO and iommufd always give (arm_lpae_prot_to_pte()).
         base=NG | AP_UNPRIVILEGED | AF | CACHE,
         read=(af, af),
-        write=(af | AP_READ_ONLY, af),
+        write=write,
         table_write=(AP_TABLE_READ_ONLY, 0),
-        prot=(AP_READ_ONLY, AP_READ_ONLY, 0, 0),
+        prot=(AP_READ_ONLY, AP_READ_ONLY, writable, writable),
         fields=(
             ("attridx", ATTR_INDEX),
             ("ns", NS),
@@ -115,6 +129,8 @@ def open_format(config: Mapping[str, object]) -> Format:
     quirks = quirks_of("arm_lpae_s1", config, QUIRKS)
     if quirks & QUIRK_TTBR1:
         config = {"ttbr": 1, **config}
+    if quirks & QUIRK_HD:  # arm_smmu_make_s1_cd() sets CD.HA and CD.HD for it
+        config = {"hw_access": 1, "hw_dirty": 1, **config}
     full, geometry = read_config("arm_lpae_s1", config, CONFIG, stage=1)
     return Format(
         name="arm_lpae_s1",

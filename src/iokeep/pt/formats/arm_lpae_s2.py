@@ -24,13 +24,17 @@ bits   leaf                         table item                   here
 47:n   OA                           pa of the next table         translation; else reserved
 49:48  RES0 (LPA2: PA)              RES0 (LPA2: PA)              reserved (translation)
 50     RES0                         RES0                         reserved
-51     DBM                          ignored                      ignored: HTTU's
+51     DBM                          ignored                      ignored; ``hw_dirty``: permission to write
 52     contiguous                   ignored                      contiguous entry, a hint
 54:53  XN                           ignored                      memory attribute: IOMMU_NOEXEC sets both
 58:55  software                     ignored                      ignored; Linux: 55 = table item is synced
 62:59  PBHA                         RES0                         leaf: ignored; table: reserved
 63     ignored                      RES0                         leaf: ignored; table: reserved
 ====== ============================ ============================ =============================================
+
+``hw_access`` and ``hw_dirty`` are STE.S2HA and STE.S2HD. With the latter a leaf with DBM = 1 and S2AP[1] = 0
+is "writable-clean": a write is granted and sets S2AP[1] (DDI 0487, chapter D8, "Hardware management of the
+dirty state"). Linux sets neither (``arm_lpae_prot_to_pte()`` has DBM at stage 1 only).
 """
 
 from __future__ import annotations
@@ -40,6 +44,8 @@ from types import MappingProxyType
 
 from iokeep.pt.formats.arm_lpae import (
     AF,
+    DBM,
+    HARDWARE,
     QUIRK_NO_WARN,
     QUIRK_S2FWB,
     SH,
@@ -53,8 +59,8 @@ from iokeep.pt.formats.base import CACHE, MMIO, NOEXEC, Format, LevelSpec
 SPEC = "Arm Architecture Reference Manual (DDI 0487), chapter D8, stage 2; SMMUv3 (IHI 0070)"
 
 #: key -> (default, values), besides those of ``arm_lpae.read_config``: fwb = STE.S2FWB, the meaning of
-#: MemAttr; hw_access = STE.S2HA.
-CONFIG = {"fwb": (0, (0, 1)), "hw_access": (0, (0, 1))}
+#: MemAttr; hw_access, hw_dirty = STE.S2HA, STE.S2HD.
+CONFIG = {"fwb": (0, (0, 1)), **HARDWARE}
 
 MEM_ATTR, READ, WRITE, FNXS = bits(5, 2), 1 << 6, 1 << 7, 1 << 11
 XN = bits(54, 53)
@@ -82,7 +88,7 @@ def _level(number: int, geometry: Geometry, config: Mapping[str, int]) -> LevelS
         # As for IOMMU_CACHE, which VFIO and iommufd always give (arm_lpae_prot_to_pte()).
         base=AF | SH | WRITE_BACK[config["fwb"]],
         read=(af | READ, af | READ),
-        write=(af | WRITE, af | WRITE),
+        write=((WRITE, WRITE), (DBM, DBM)) if config["hw_dirty"] else ((af | WRITE, af | WRITE),),
         table_write=(0, 0),
         prot=(0, READ, WRITE, READ | WRITE),
         # With FWB the same bits mean something else.

@@ -20,6 +20,8 @@ How a format states itself (what it does not state costs nothing: each level's c
   (Arm 64K/52: ``(0xf000, 36)``; RISC-V: ``pa_shift`` 2).
 * **Contiguous entries.** ``contig``: see :class:`Contig`. ``contig_select`` marks items that claim to be part
   of one: where no :class:`Contig` matches, the claim is reserved.
+* **Permissions by value.** ``w_values`` where more than one coding lets writes pass (Arm: hardware's dirty
+  state, "writable-clean" and "writable-dirty").
 * **Wrong by value.** ``leaf_bad``, ``table_bad``: pairs that hardware has reserved (RISC-V: W without R).
 * **IOVAs.** ``sign_extend``, or ``iova_base``: the constant upper bits (Arm TTBR1: all ones).
 * **Memory attributes.** ``memory``: named fields of leaves that are part of equality; ``terms`` of the format
@@ -97,6 +99,8 @@ class LevelSpec:
         ``(item & leaf_mask) == leaf_value``.
     :param table_pa_mask: bits of the next table's pa. :param leaf_pa_mask: bits of the OA.
     :param r_mask: a leaf grants reads where ``(item & r_mask) == r_value``; likewise ``w_*`` writes.
+    :param w_values: where not empty, a leaf grants writes where it matches any of these pairs, and ``w_mask``
+        is all their bits. The first is what software writes; no other differs from it but in ``w_mask``.
     :param tr_mask: a table item lets reads through where ``(item & tr_mask) == tr_value``; likewise ``tw_*``.
         (0, 0 = always.)
     :param leaf_reserved: bits that must be zero in a leaf. :param table_reserved: likewise in a table item.
@@ -172,6 +176,7 @@ class LevelSpec:
     next_levels: tuple[tuple[int, int, int], ...] = ()
     contig: tuple[Contig, ...] = ()
     contig_select: tuple[int, int] | None = None
+    w_values: Pairs = ()
     invert: int = 0
     occupied_mask: int | None = None
     build_lg2s: tuple[int, ...] | None = None
@@ -213,6 +218,13 @@ class LevelSpec:
     def contig_of(self, item: int) -> Contig | None:
         """The contiguous entry that a leaf says it is part of."""
         return next((c for c in self.contig if item & c.mask == c.value), None)
+
+    def leaf_prot(self, item: int) -> int:
+        """What a leaf grants by itself, PROT_R | PROT_W."""
+        write = item & self.w_mask == self.w_value
+        if self.w_values:
+            write = any(item & m == v for m, v in self.w_values)
+        return int(item & self.r_mask == self.r_value) | int(write) << 1
 
     def bad_leaf(self, item: int) -> int | None:
         """Bits of a leaf that make it reserved, None = it is sound."""
@@ -271,6 +283,23 @@ class LevelSpec:
             return any_of(items, self.leaf_values)
         leaf: NDArray[np.bool_] = (items & np.uint64(self.leaf_mask)) == np.uint64(self.leaf_value)
         return leaf
+
+    def leaf_prots(self, items: U64) -> NDArray[np.uint8]:
+        """:meth:`leaf_prot` of whole arrays."""
+        r: NDArray[np.bool_] = (items & np.uint64(self.r_mask)) == np.uint64(self.r_value)
+        if self.w_values:
+            w = any_of(items, self.w_values)
+        else:
+            w = (items & np.uint64(self.w_mask)) == np.uint64(self.w_value)
+        prot: NDArray[np.uint8] = r.view(np.uint8) | (w.view(np.uint8) << np.uint8(1))
+        return prot
+
+    def one_writable(self, items: U64) -> U64:
+        """Leaves with every coding of "may be written" turned into the first of ``w_values``."""
+        if not self.w_values:
+            return items
+        rest, first = np.uint64(~self.w_mask & (2**64 - 1)), np.uint64(self.w_values[0][1])
+        return np.where(any_of(items, self.w_values), (items & rest) | first, items).astype(np.uint64)
 
     def table_pas(self, items: U64) -> U64:
         """:meth:`table_pa` of whole arrays."""
@@ -401,7 +430,7 @@ class Format:
         plain = self.item_bytes == 8 and self.byte_order == "<" and not self.iova_base
         return plain and not any(
             s.valid_values or s.leaf_values or s.leaf_bad or s.table_bad or s.pa_shift or s.pa_pieces
-            or s.next_levels or s.contig or s.contig_select or s.invert
+            or s.next_levels or s.contig or s.contig_select or s.w_values or s.invert
             for s in self.levels
         )  # fmt: skip
 

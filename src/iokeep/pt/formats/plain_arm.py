@@ -112,7 +112,8 @@ def stage1(item: int, level: int, config: Mapping[str, object]) -> Entry | None:
         attrs = _bit(item, 61) or _bit(item, 60) or _bit(item, 59)
         return Entry(False, pa, True, not read_only, reserved, attrs)
     accessed = _bit(item, 10) or bool(_number(config, "hw_access"))
-    writable = not _bit(item, 7)
+    # AP[2]; with hardware's dirty state DBM = 1 is writable-clean
+    writable = not _bit(item, 7) or (bool(_number(config, "hw_dirty")) and _bit(item, 51))
     special = _bit(item, 50) or (level > 0 and _bit(item, 16))  # GP, nT
     return Entry(True, pa, accessed, accessed and writable, reserved, special)
 
@@ -127,7 +128,7 @@ def stage2(item: int, level: int, config: Mapping[str, object]) -> Entry | None:
         # There are no hierarchical permissions at stage 2: bits 63:59 are RES0.
         return Entry(False, pa, True, True, reserved or _field(item, 63, 59) != 0, False)
     accessed = _bit(item, 10) or bool(_number(config, "hw_access"))
-    writable = _bit(item, 7)
+    writable = _bit(item, 7) or (bool(_number(config, "hw_dirty")) and _bit(item, 51))
     reserved |= _bit(item, 50)
     special = _bit(item, 11) or (level > 0 and _bit(item, 16))  # FnXS, nT
     return Entry(True, pa, accessed and _bit(item, 6), accessed and writable, reserved, special)

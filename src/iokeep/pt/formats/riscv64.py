@@ -29,6 +29,12 @@ bits   leaf                          table item                   here
 Every level has leaves. Svnapot: 16 items, aligned and equal, with N and PPN[3:0] = 0b1000 are one leaf of
 64K. IOVAs of the first stage are sign extended; those of the second stage have two bits more than a CPU's,
 which index a root of 16 KiB, and are not. There is no write-only.
+
+A and D: "RISC-V IOMMU Architecture Specification", tc.SADE and tc.GADE. Where 0 (what Linux writes:
+drivers/iommu/riscv/iommu.c), hardware updates nothing, as with Svade: an access through a leaf with A = 0 is
+a page fault, and so is a write where D = 0, whatever W says. Where 1, as with Svadu: hardware sets them, and
+neither takes a permission away (``hardware_ad`` = 1). Linux writes A always, and D with W
+(``riscvpt_iommu_set_prot()``), so that its tables translate alike either way.
 """
 
 from __future__ import annotations
@@ -42,15 +48,15 @@ from iokeep.pt.formats.config import integers
 SPEC = "RISC-V Privileged Architecture (Sv39, Sv48, Sv57, Svnapot, Svpbmt, Sv39x4, Sv48x4, Sv57x4)"
 
 #: key -> (default, values): levels 3, 4, 5 = Sv39, Sv48, Sv57; stage 2 = the x4 schemes; output_bits = the
-#: platform's physical address size; svnapot, svpbmt = capabilities of the IOMMU; hardware_ad = 1: hardware
-#: sets A and D (SADE, GADE), 0: an item without A does not translate, one without D not for writes.
+#: platform's physical address size; svnapot, svpbmt = capabilities of the IOMMU; hardware_ad = tc.SADE (first
+#: stage) or tc.GADE (second stage) of the device context.
 CONFIG = {
     "levels": (3, (3, 4, 5)),
     "stage": (1, (1, 2)),
     "output_bits": (56, tuple(range(34, 57))),
     "svnapot": (1, (0, 1)),
     "svpbmt": (1, (0, 1)),
-    "hardware_ad": (1, (0, 1)),
+    "hardware_ad": (0, (0, 1)),
 }
 
 

@@ -26,6 +26,9 @@ HAW-1: OA                           pa of the next table         translation
 62     TM                           reserved                     leaf: attribute (Linux writes 0)
 63     ignored                      ignored                      ignored
 ====== ============================ ============================ ========================================
+
+A and D take no permission away: with SSADE = 0 (9.6) they are ignored, with SSADE = 1 hardware sets them and
+goes on (section 3.7.2 "Accessed and Dirty Flags"); R and W alone decide.
 """
 
 from __future__ import annotations

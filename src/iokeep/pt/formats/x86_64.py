@@ -29,7 +29,8 @@ HAW-1: OA                           pa of the next table         translation
 63     XD                           XD                           attribute (Linux writes 0)
 ====== ============================ ============================ ========================================
 
-There is no write-only: a leaf that may be written may be read.
+There is no write-only: a leaf that may be written may be read. A and D take no permission away: hardware sets
+them and goes on (VT-d section 3.6.3 "Accessed and Dirty Flags"; AMD's guest tables likewise).
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ CD_BYTES = 64
 CD_V = 1 << 31
 CD_ENDI = 1 << 15
 CD_AA64 = 1 << 41
-CD_HD, CD_HA, CD_S = 1 << 42, 1 << 43, 1 << 44
+CD_AFFD, CD_HD, CD_HA, CD_S = 1 << 35, 1 << 42, 1 << 43, 1 << 44
 CD_R, CD_A, CD_ASET = 1 << 45, 1 << 46, 1 << 47
 CD_IPS_SHIFT, CD_ASID_SHIFT = 32, 48
 CD_TTB = bits(51, 4)
@@ -392,9 +392,15 @@ def _stage1(regs: Registers, path: Path, half: int) -> TableRoot | None:
         return None
     granule = (GRANULE_OF_TG1 if half else GRANULE_OF_TG0).get(tcr >> TG_SHIFT & 3)
     sizes = _sizes(regs, path, FaultReason.C_BAD_CD, granule, tcr & TSZ, w[0] >> CD_IPS_SHIFT & 7, 1)
-    return _root_of(
-        "arm_lpae_s1", stage1_config(*sizes, half), w[1 + half] & CD_TTB, path, FaultReason.C_BAD_CD
-    )
+    config = stage1_config(*sizes, half) | _hardware(w[0], CD_HA, CD_HD, CD_AFFD)
+    return _root_of("arm_lpae_s1", config, w[1 + half] & CD_TTB, path, FaultReason.C_BAD_CD)
+
+
+def _hardware(word: int, access: int, dirty: int, no_fault: int) -> dict[str, object]:
+    """``hw_access`` and ``hw_dirty`` of a table: HA and HD; AFFD lets AF = 0 pass as HA does."""
+    if word & access and word & dirty:
+        return {"hw_access": 1, "hw_dirty": 1}
+    return {"hw_access": 1} if word & (access | no_fault) else {}
 
 
 def _stage2(regs: Registers, path: Path) -> TableRoot:
@@ -414,6 +420,7 @@ def _stage2(regs: Registers, path: Path) -> TableRoot:
         config = stage2_config(granule, input_bits, output, start)
     except ValueError as e:
         raise refuse(RootFault, bad, path, str(e)) from e
+    config |= _hardware(w[2], S2HA, S2HD, S2AFFD)
     return _root_of("arm_lpae_s2", config, w[3] & S2TTB, path, bad)
 
 
