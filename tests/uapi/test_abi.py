@@ -93,8 +93,9 @@ def test_proposed_numbers_follow_the_kernels_last():
         proposal.IOMMU_HWPT_LIVEUPDATE_ADOPT,
         proposal.IOMMU_HWPT_LIVEUPDATE_COMPARE,
         proposal.IOMMU_LIVEUPDATE_GET_INFO,
+        proposal.IOMMU_HWPT_LIVEUPDATE_PROGRESS,
     ]
-    assert proposed == [max(taken) + 1 + n for n in range(4)]
+    assert proposed == [max(taken) + 1 + n for n in range(5)]
 
 
 @pytest.mark.parametrize(
@@ -104,6 +105,7 @@ def test_proposed_numbers_follow_the_kernels_last():
         (proposal.iommu_hwpt_liveupdate_adopt, 72),
         (proposal.iommu_hwpt_liveupdate_compare, 72),
         (proposal.iommu_liveupdate_info, 24),
+        (proposal.iommu_hwpt_liveupdate_progress, 72),
         (proposal.iommu_liveupdate_hwpt, 32),
         (proposal.iommu_liveupdate_mismatch, 48),
     ],

@@ -38,7 +38,7 @@ class Mismatch:
 
     :param expected_pa, found_pa: pa of the first byte.
     :param expected_prot, found_prot: READ | WRITE.
-    :param reason: missing, extra, pa, prot, reserved, loop, root, absent or attrs.
+    :param reason: missing, extra, pa, prot, reserved, loop, root, absent, attrs, contig or digest.
     :param level: table level, 0 = leaf; None when it is not at one level.
     """
 
@@ -122,6 +122,34 @@ class CompareResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the proof of an adopted HWPT is.
+
+    :param state: "validating" (something is unknown), "validated", or "quarantined" (all is known, and
+        something is wrong).
+    :param validated, unknown, quarantined: bytes of the IOAS's areas.
+    :param table_bytes: bytes of tables read so far. :param validate_ns: CPU time of the proof so far.
+    :param total: mismatches found; ``mismatches``: the first of them.
+    """
+
+    state: str
+    validated: int
+    unknown: int
+    quarantined: int
+    table_bytes: int
+    validate_ns: int
+    total: int
+    mismatches: list[Mismatch]
+
+
+_STATES = {
+    proposal.IOMMU_LIVEUPDATE_VALIDATING: "validating",
+    proposal.IOMMU_LIVEUPDATE_VALIDATED: "validated",
+    proposal.IOMMU_LIVEUPDATE_QUARANTINED: "quarantined",
+}
+
+
+@dataclass(frozen=True, slots=True)
 class PriorHwpt:
     """One prior domain that a retrieved iommufd holds.
 
@@ -151,6 +179,28 @@ class HwInfo:
     data: bytes
     capabilities: int
     max_pasid_lg2: int
+
+
+def _mismatches(rows: Sequence[proposal.iommu_liveupdate_mismatch]) -> list[Mismatch]:
+    def pa(value: int) -> int | None:
+        return None if value == proposal.IOMMU_MISMATCH_NO_PA else value
+
+    def prot(beside: int, value: int) -> int | None:
+        return None if pa(beside) is None and not value else value
+
+    return [
+        Mismatch(
+            row.iova,
+            row.last,
+            pa(row.expected_pa),
+            prot(row.expected_pa, row.expected_prot),
+            pa(row.found_pa),
+            prot(row.found_pa, row.found_prot),
+            proposal.MISMATCH_REASONS.get(row.reason, f"reason {row.reason}"),
+            None if row.level == proposal.IOMMU_MISMATCH_NO_LEVEL else row.level,
+        )
+        for row in rows
+    ]
 
 
 def _map_flags(prot: int, iova: int | None) -> int:
@@ -272,6 +322,8 @@ class Iommufd(FdOwner):
         *,
         validate_only: bool = False,
         trust: bool = False,
+        deferred: bool = False,
+        sealed: bool = False,
         capacity: int = 16,
     ) -> AdoptResult:
         """Prove that a prior domain holds exactly what an IOAS says, and make it an HWPT of that IOAS.
@@ -279,6 +331,9 @@ class Iommufd(FdOwner):
         :param token: the HWPT token from before the kexec.
         :param validate_only: prove, change nothing.
         :param trust: adopt unseen; EPERM unless the kernel was booted to allow it.
+        :param deferred: adopt at once; each range is proved before its first use, the rest by and by
+            (:meth:`progress`).
+        :param sealed: as ``deferred``, after the digest of the record was found to be that of the IOAS.
         :param capacity: how many mismatches to fetch, at most 65536.
         :raises NotEqual: the tables are something else; nothing was changed.
         :raises IommufdError: another refusal.
@@ -286,6 +341,8 @@ class Iommufd(FdOwner):
         found = self._room(capacity)
         flags = proposal.IOMMU_LIVEUPDATE_ADOPT_VALIDATE_ONLY if validate_only else 0
         flags |= proposal.IOMMU_LIVEUPDATE_ADOPT_TRUST if trust else 0
+        flags |= proposal.IOMMU_LIVEUPDATE_ADOPT_DEFERRED if deferred else 0
+        flags |= proposal.IOMMU_LIVEUPDATE_ADOPT_SEALED if sealed else 0
         arg = proposal.iommu_hwpt_liveupdate_adopt(
             size=ctypes.sizeof(proposal.iommu_hwpt_liveupdate_adopt),
             flags=flags,
@@ -347,27 +404,35 @@ class Iommufd(FdOwner):
         """Raise NotEqual when the refusal was the verdict of a validation."""
         if error.errno != errno.EINVAL or not total:
             return
-
-        def pa(value: int) -> int | None:
-            return None if value == proposal.IOMMU_MISMATCH_NO_PA else value
-
-        def prot(beside: int, value: int) -> int | None:
-            return None if pa(beside) is None and not value else value
-
-        mismatches = [
-            Mismatch(
-                row.iova,
-                row.last,
-                pa(row.expected_pa),
-                prot(row.expected_pa, row.expected_prot),
-                pa(row.found_pa),
-                prot(row.found_pa, row.found_prot),
-                proposal.MISMATCH_REASONS.get(row.reason, f"reason {row.reason}"),
-                None if row.level == proposal.IOMMU_MISMATCH_NO_LEVEL else row.level,
-            )
-            for row in found[: min(total, len(found))]
-        ]
+        mismatches = _mismatches(found[: min(total, len(found))])
         raise NotEqual(error.operation, error.errno, error.objects, mismatches, total) from error
+
+    def progress(self, hwpt_id: int, *, sweep: bool = False, capacity: int = 16) -> Progress:
+        """How far the proof of an HWPT is that was adopted deferred or sealed.
+
+        :param sweep: prove what is left first; may take as long as a validation does.
+        :param capacity: how many mismatches to fetch, at most 65536.
+        """
+        found = self._room(capacity)
+        arg = proposal.iommu_hwpt_liveupdate_progress(
+            size=ctypes.sizeof(proposal.iommu_hwpt_liveupdate_progress),
+            flags=proposal.IOMMU_LIVEUPDATE_PROGRESS_SWEEP if sweep else 0,
+            hwpt_id=hwpt_id,
+            mismatch_capacity=capacity,
+            mismatch_uptr=ctypes.addressof(found) if capacity else 0,
+        )
+        name = "IOMMU_HWPT_LIVEUPDATE_PROGRESS"
+        self._ioctl(name, proposal.IOMMU_HWPT_LIVEUPDATE_PROGRESS, arg, hwpt=hwpt_id)
+        return Progress(
+            _STATES.get(arg.out_state, f"state {arg.out_state}"),
+            arg.out_validated,
+            arg.out_unknown,
+            arg.out_quarantined,
+            arg.out_table_bytes,
+            arg.out_validate_ns,
+            arg.out_mismatches,
+            _mismatches(found[: min(arg.out_mismatches, len(found))]),
+        )
 
     def liveupdate_info(self) -> list[PriorHwpt]:
         """The prior domains of a retrieved iommufd; empty on one that did not come over a kexec."""

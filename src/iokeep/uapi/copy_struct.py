@@ -97,6 +97,12 @@ PROPOSED_IOCTLS: dict[int, IoctlOp] = dict(
         _op(proposal, "IOMMU_HWPT_LIVEUPDATE_ADOPT", proposal.iommu_hwpt_liveupdate_adopt, "__reserved"),
         _op(proposal, "IOMMU_HWPT_LIVEUPDATE_COMPARE", proposal.iommu_hwpt_liveupdate_compare, "__reserved2"),
         _op(proposal, "IOMMU_LIVEUPDATE_GET_INFO", proposal.iommu_liveupdate_info, "hwpt_uptr"),
+        _op(
+            proposal,
+            "IOMMU_HWPT_LIVEUPDATE_PROGRESS",
+            proposal.iommu_hwpt_liveupdate_progress,
+            "mismatch_uptr",
+        ),
     ]
 )
 

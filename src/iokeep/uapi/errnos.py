@@ -287,6 +287,11 @@ MEANINGS: Mapping[str, Mapping[str, _Text]] = MappingProxyType(
         "IOMMU_HWPT_LIVEUPDATE_ADOPT": _ADOPT,
         "IOMMU_HWPT_LIVEUPDATE_COMPARE": _ADOPT,
         "IOMMU_LIVEUPDATE_GET_INFO": {"ENOTTY": _ADOPT["ENOTTY"], "EFAULT": _ADOPT["EFAULT"]},
+        "IOMMU_HWPT_LIVEUPDATE_PROGRESS": {
+            "ENOENT": ("there is no such HWPT in this iommufd", "check the id"),
+            "ENOTTY": _ADOPT["ENOTTY"],
+            "EFAULT": _ADOPT["EFAULT"],
+        },
         "reboot_kexec": {
             "EINVAL": (
                 "no kernel is loaded, or a preserved file refused to freeze",
@@ -308,6 +313,10 @@ _COMMON: dict[str, _Text] = {
     "EPERM": ("a permission is missing", ""),
     "EBUSY": ("the object is in use", ""),
     "EINTR": ("a signal came in between", "try again"),
+    "EUCLEAN": (
+        "an adopted table is not what the IOAS says there: the range is quarantined, nothing was changed",
+        "IOMMU_HWPT_LIVEUPDATE_PROGRESS lists the ranges; the guest's device must leave this HWPT",
+    ),
 }
 
 # EOPNOTSUPP and ENOTSUP, EDEADLK and EDEADLOCK, EAGAIN and EWOULDBLOCK are one number on Linux.

@@ -17,10 +17,21 @@ IOMMU_HWPT_LIVEUPDATE_MARK_PRESERVE = 0x3B96
 IOMMU_HWPT_LIVEUPDATE_ADOPT = 0x3B97
 IOMMU_HWPT_LIVEUPDATE_COMPARE = 0x3B98
 IOMMU_LIVEUPDATE_GET_INFO = 0x3B99
+IOMMU_HWPT_LIVEUPDATE_PROGRESS = 0x3B9A
 
 # iommu_hwpt_liveupdate_adopt.flags
 IOMMU_LIVEUPDATE_ADOPT_VALIDATE_ONLY = 1
 IOMMU_LIVEUPDATE_ADOPT_TRUST = 2
+IOMMU_LIVEUPDATE_ADOPT_DEFERRED = 4
+IOMMU_LIVEUPDATE_ADOPT_SEALED = 8
+
+# iommu_hwpt_liveupdate_progress.flags
+IOMMU_LIVEUPDATE_PROGRESS_SWEEP = 1
+
+# iommu_hwpt_liveupdate_progress.out_state
+IOMMU_LIVEUPDATE_VALIDATING = 0
+IOMMU_LIVEUPDATE_VALIDATED = 1
+IOMMU_LIVEUPDATE_QUARANTINED = 2
 
 # iommu_liveupdate_hwpt.flags
 IOMMU_LIVEUPDATE_HWPT_RECLAIMED = 1
@@ -36,6 +47,7 @@ IOMMU_MISMATCH_ROOT = 7
 IOMMU_MISMATCH_ABSENT = 8
 IOMMU_MISMATCH_ATTRS = 9
 IOMMU_MISMATCH_CONTIG = 10
+IOMMU_MISMATCH_DIGEST = 11
 
 # expected_pa or found_pa where there is none; expected_prot/found_prot are 0 there.
 IOMMU_MISMATCH_NO_PA = 0xFFFFFFFFFFFFFFFF
@@ -57,6 +69,7 @@ MISMATCH_REASONS: dict[int, str] = {
     IOMMU_MISMATCH_ABSENT: "absent",
     IOMMU_MISMATCH_ATTRS: "attrs",
     IOMMU_MISMATCH_CONTIG: "contig",
+    IOMMU_MISMATCH_DIGEST: "digest",
 }
 
 
@@ -80,10 +93,11 @@ class iommu_hwpt_liveupdate_adopt(ctypes.Structure):
     """Validate a prior domain against an IOAS and make it an HWPT of that IOAS, 72 bytes.
 
     flags: VALIDATE_ONLY proves and changes nothing; TRUST adopts unseen (a kernel booted to allow it, else
-    EPERM). mismatch_uptr: array of mismatch_capacity struct iommu_liveupdate_mismatch. The structure is
-    copied out on success and also with EINVAL of a failed validation, where out_mismatches is the number of
-    mismatches found (it may exceed the capacity). out_pages counts 4 KiB pages proved, out_validate_ns
-    nanoseconds.
+    EPERM); DEFERRED adopts at once, each range is proved before it is first used; SEALED the same, after the
+    recorded digest was found to be that of the IOAS. mismatch_uptr: array of mismatch_capacity struct
+    iommu_liveupdate_mismatch. The structure is copied out on success and also with EINVAL of a failed
+    validation, where out_mismatches is the number of mismatches found (it may exceed the capacity).
+    out_pages counts 4 KiB pages proved, out_validate_ns nanoseconds.
     """
 
     size: int
@@ -151,6 +165,43 @@ class iommu_hwpt_liveupdate_compare(ctypes.Structure):
         ("out_compare_ns", ctypes.c_uint64),
         ("out_layout_differences", ctypes.c_uint32),
         ("__reserved2", ctypes.c_uint32),
+    ]
+
+
+class iommu_hwpt_liveupdate_progress(ctypes.Structure):
+    """How far the proof of an adopted HWPT is (IOMMU_HWPT_LIVEUPDATE_PROGRESS), 72 bytes.
+
+    flags: SWEEP proves what is left before it answers. out_state: VALIDATING (something is unknown),
+    VALIDATED (all is proved), QUARANTINED (all is known, and something is wrong). out_validated,
+    out_unknown and out_quarantined are bytes of the IOAS's areas. mismatch_uptr: array of mismatch_capacity
+    struct iommu_liveupdate_mismatch; out_mismatches is the number found (it may exceed the capacity).
+    """
+
+    size: int
+    flags: int
+    hwpt_id: int
+    out_state: int
+    out_validated: int
+    out_unknown: int
+    out_quarantined: int
+    out_table_bytes: int
+    out_validate_ns: int
+    mismatch_capacity: int
+    out_mismatches: int
+    mismatch_uptr: int
+    _fields_ = [
+        ("size", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("hwpt_id", ctypes.c_uint32),
+        ("out_state", ctypes.c_uint32),
+        ("out_validated", ctypes.c_uint64),
+        ("out_unknown", ctypes.c_uint64),
+        ("out_quarantined", ctypes.c_uint64),
+        ("out_table_bytes", ctypes.c_uint64),
+        ("out_validate_ns", ctypes.c_uint64),
+        ("mismatch_capacity", ctypes.c_uint32),
+        ("out_mismatches", ctypes.c_uint32),
+        ("mismatch_uptr", ctypes.c_uint64),
     ]
 
 

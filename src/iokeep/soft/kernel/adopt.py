@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prior domains: held since boot, adopted after validation, or replaced by a domain that was proved equal.
+"""Prior domains: held since boot, adopted after validation (or before it, see :mod:`deferred`), or replaced
+by a domain that was proved equal.
 
-The ioctls 0x96 ... 0x99 of docs/adoption-uapi.md, and the rules of attachment for devices that came over
+The ioctls 0x96 ... 0x9a of docs/adoption-uapi.md, and the rules of attachment for devices that came over
 the kexec. Nothing here believes user space or the old kernel: what an IOAS says is compared with what the
 tables hold, and the tables with what hardware uses, before iommufd reads a PFN back from them.
 """
@@ -9,23 +10,22 @@ tables hold, and the tables with what hardware uses, before iommufd reads a PFN 
 from __future__ import annotations
 
 import errno
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-import numpy as np
-
 from iokeep.errors import InputError, IokeepError
 from iokeep.handover.iommu import DomainRecord
 from iokeep.pt.compare import Mismatch, Verdict
 from iokeep.pt.diff import diff
-from iokeep.pt.extents import Extents
 from iokeep.pt.formats.base import Format
 from iokeep.pt.layout import compare_layouts, kernel_layout, table_layout
 from iokeep.pt.registry import open_format
 from iokeep.pt.verify import verify
+from iokeep.soft.kernel.deferred import Adoption, expected_extents
 from iokeep.soft.kernel.device import IommufdDevice
 from iokeep.soft.kernel.files import Ioctl
 from iokeep.soft.kernel.frames import I64, Claim
@@ -45,10 +45,27 @@ if TYPE_CHECKING:
 MAX_MISMATCHES = 4096
 #: ADOPT itself counts layout differences up to these table bytes; VALIDATE_ONLY always does
 LAYOUT_ALWAYS = 16 << 20
+#: DEFERRED and SEALED: the sweep reads so many bytes of tables per second (parameter sweep_rate, 0 = none by
+#: itself), and about so many at a time (sweep_tick)
+SWEEP_RATE = 256 << 20
+SWEEP_TICK = 128 << 10
+#: seconds until the sweep tries again where it could not go on
+_SWEEP_RETRY = 1.0
 #: out_layout_differences where they were not counted
 NOT_COUNTED = 2**32 - 1
 _NUMBERS = {text: number for number, text in uapi.MISMATCH_REASONS.items()}
 _MAX = 2**64 - 1
+
+_LATER = uapi.IOMMU_LIVEUPDATE_ADOPT_DEFERRED | uapi.IOMMU_LIVEUPDATE_ADOPT_SEALED
+#: what ADOPT takes: one way, and where there is something to prove at once also only that
+_ADOPT_FLAGS = (
+    0,
+    uapi.IOMMU_LIVEUPDATE_ADOPT_VALIDATE_ONLY,
+    uapi.IOMMU_LIVEUPDATE_ADOPT_TRUST,
+    uapi.IOMMU_LIVEUPDATE_ADOPT_DEFERRED,
+    uapi.IOMMU_LIVEUPDATE_ADOPT_SEALED,
+    uapi.IOMMU_LIVEUPDATE_ADOPT_SEALED | uapi.IOMMU_LIVEUPDATE_ADOPT_VALIDATE_ONLY,
+)
 
 HELD = "held"
 ADOPTED = "adopted"
@@ -94,6 +111,8 @@ class AdoptedHwpt(HwptPaging):
     def __init__(self, iommufd: Iommufd, ioas: Ioas, domain: Domain, prior: PriorDomain) -> None:
         super().__init__(iommufd, ioas, domain)
         self.prior: PriorDomain | None = prior
+        #: the proof of its table, over or not; None where it was proved before
+        self.adoption: Adoption | None = None
 
     def destroy(self) -> None:
         """See the class."""
@@ -117,36 +136,17 @@ def give_back(ioas: Ioas, domain: Domain) -> None:
     tail = ioas.domains.pop()
     if index < len(ioas.domains):
         ioas.domains[index] = tail
-    frames = domain.iommu.kernel.frames
     for area in ioas.areas:
         if area.storage is not domain:
             continue
         if ioas.domains:
-            area.storage = ioas.domains[0]
-            continue
-        del area.pages.stored[id(area)]
-        spans = area.pages.unstored(area.first_page, area.last_page)
-        pfns = [area.read_back(r.start, r.last) for r in spans]
-        area.storage = None
-        for part in pfns:
-            frames.unpin(part)
+            area.move(ioas.domains[0])
+        else:
+            area.release()
+    if domain.proof is not None:
+        domain.proof.end()
     ioas.unreserve(domain)
     ioas._set_alignment()
-
-
-def expected_extents(ioas: Ioas) -> Extents:
-    """What a table of this IOAS must hold: the PFNs of its areas, from their origin. :raises SysError:
-    as a fill.
-    """
-    parts = [area.extents(area.pages.lookup(area.first_page, area.last_page)) for area in ioas.areas]
-    if not parts:
-        return Extents.empty()
-    return Extents(
-        np.concatenate([p.iova for p in parts]),
-        np.concatenate([p.last for p in parts]),
-        np.concatenate([p.pa for p in parts]),
-        np.concatenate([p.prot for p in parts]),
-    )
 
 
 @dataclass(eq=False)
@@ -164,6 +164,11 @@ class Priors:
     devices: dict[int, PriorDomain] = field(default_factory=dict)
     #: retrieved iommufds (until finish) -> their prior domains by token
     iommufds: WeakKeyDictionary[Iommufd, dict[int, PriorDomain]] = field(default_factory=WeakKeyDictionary)
+    #: adopted domains that are not proved, oldest first
+    adoptions: list[Adoption] = field(default_factory=list)
+    #: preserved frames that nobody claimed: kept while a table that is not proved may lead there
+    waiting: list[I64] = field(default_factory=list)
+    _next_tick: float = 0.0
     #: HWPTs that user space marked -> token
     marks: WeakKeyDictionary[HwptPaging, int] = field(default_factory=WeakKeyDictionary)
 
@@ -180,11 +185,15 @@ class Priors:
             (uapi.IOMMU_HWPT_LIVEUPDATE_ADOPT, self.adopt),
             (uapi.IOMMU_HWPT_LIVEUPDATE_COMPARE, self.compare),
             (uapi.IOMMU_LIVEUPDATE_GET_INFO, self.get_info),
+            (uapi.IOMMU_HWPT_LIVEUPDATE_PROGRESS, self.progress),
         ):
             kernel.ioctl_extensions[(Iommufd, request)] = _checked(handler)
         kernel.attach_checks.append(self.check_attach)
         kernel.attached_hooks.append(self.attached)
         kernel.claimants.append(self.claims)
+        kernel.background.append(self.sweep)
+        self._sweep_rate = kernel.params.number("sweep_rate", SWEEP_RATE)
+        self._sweep_tick = max(kernel.params.number("sweep_tick", SWEEP_TICK), 1)
 
     # ---- boot
 
@@ -209,7 +218,9 @@ class Priors:
         return prior
 
     def claims(self) -> Iterable[Claim]:
-        """Tables of prior domains that the driver has no domain for."""
+        """Tables of prior domains that the driver has no domain for, and frames that wait."""
+        for pfns in self.waiting:
+            yield Claim("kept while an adopted table is not proved", pfns)
         for prior in self.domains.values():
             if prior.domain is None and prior.state == HELD:
                 yield Claim(f"prior domain {prior.record.index}", prior.pfns)
@@ -220,17 +231,62 @@ class Priors:
             return
         prior.state = FREED
         if prior.domain is not None:
-            prior.domain.free()
+            prior.domain.free(self.free_later)
             prior.domain = None
         else:
-            self.kernel.frames.put(prior.pfns)
+            self.free_later(prior.pfns)
+
+    # ---- adopted, and not proved yet
+
+    def free_later(self, pfns: I64) -> None:
+        """Free frames that came over the kexec: now, or as soon as no adopted table of this boot is unproved.
+
+        A wrong table may lead there, and devices go on by it.
+        """
+        if not len(pfns):
+            return
+        self.waiting.append(pfns)
+        self._settle()
+
+    def _settle(self) -> None:
+        if self.adoptions:
+            return
+        for pfns in self.waiting:
+            self.kernel.frames.put(pfns)
+        self.waiting.clear()
+
+    def _ended(self, adoption: Adoption) -> None:
+        self.adoptions.remove(adoption)
+        self._settle()
+
+    def sweep(self) -> float:
+        """The background sweep: a tick if it is due; in how many seconds the next one is."""
+        adoption = next((a for a in self.adoptions if a.pending), None)
+        if adoption is None or self._sweep_rate <= 0:
+            return math.inf
+        now = time.monotonic()
+        if now < self._next_tick:
+            return self._next_tick - now
+        try:
+            read = adoption.tick(self._sweep_tick)
+        except SysError as error:
+            self.kernel.log(f"iommufd: {adoption.name}: the sweep cannot go on: {error}")
+            self._next_tick = now + _SWEEP_RETRY
+        else:
+            self._next_tick = now + read / self._sweep_rate
+        return max(self._next_tick - time.monotonic(), 0.0)
 
     # ---- attachment
 
     def check_attach(self, idev: IommufdDevice, hwpt: HwptPaging) -> None:
-        """A restored device moves only to where its DMA is the same. :raises SysError: EPERM."""
+        """A restored device moves only to where its DMA is the same; no other device gets to a table that is
+        known to be wrong. :raises SysError: EPERM, EUCLEAN.
+        """
         prior = self.devices.get(idev.dev.index)
         if prior is None or idev.dev not in prior.devices:
+            proof = hwpt.domain.proof
+            if proof is not None and proof.quarantined and idev.dev.domain is not hwpt.domain:
+                raise SysError(errno.EUCLEAN, f"{proof.name} has quarantined ranges: no device is added")
             return
         if hwpt is prior.hwpt:
             return
@@ -322,8 +378,7 @@ class Priors:
     def adopt(self, ictx: Iommufd, call: Ioctl) -> None:
         """IOMMU_HWPT_LIVEUPDATE_ADOPT."""
         cmd = copy_struct_in(uapi.iommu_hwpt_liveupdate_adopt, call.raw)
-        known = uapi.IOMMU_LIVEUPDATE_ADOPT_VALIDATE_ONLY | uapi.IOMMU_LIVEUPDATE_ADOPT_TRUST
-        if cmd.flags & ~known or getattr(cmd, "__reserved") or cmd.flags == known:
+        if cmd.flags not in _ADOPT_FLAGS or getattr(cmd, "__reserved"):
             raise SysError(errno.EOPNOTSUPP, f"ADOPT flags {cmd.flags:#x}")
         trust = bool(cmd.flags & uapi.IOMMU_LIVEUPDATE_ADOPT_TRUST)
         if trust and not self.trust:
@@ -334,18 +389,44 @@ class Priors:
         domain, fmt = prior.domain, prior.fmt
         if domain is None:
             raise AssertionError("a held prior domain without a domain")
-        if not trust:
+        later = bool(cmd.flags & _LATER)
+        if later:
+            self._check_start(cmd, call, ioas, prior)
+        elif not trust:
             self._validate(cmd, call, ioas, prior, fmt)
         cmd.out_hwpt_id = 0
         if not cmd.flags & uapi.IOMMU_LIVEUPDATE_ADOPT_VALIDATE_ONLY:
-            ioas.add_domain(domain, adopted=True)
+            name = f"prior domain {prior.record.index}"
+            adoption = Adoption(ioas, domain, name, self._ended) if later else None
+            ioas.add_domain(domain, adopted=True, proof=adoption)
+            if adoption is not None:
+                self.adoptions.append(adoption)
             hwpt = AdoptedHwpt(ictx, ioas, domain, prior)
+            hwpt.adoption = adoption
             ioas.hwpts.append(hwpt)
             prior.state, prior.hwpt = ADOPTED, hwpt
             cmd.out_hwpt_id = ictx.add(hwpt)
             how = "TRUSTED, UNVALIDATED" if trust else f"{cmd.out_pages} pages validated"
+            if later:
+                how = "to be validated before use"
             self.kernel.log(f"iommufd: prior domain {prior.record.index} is HWPT {hwpt.id} now, {how}")
         call.respond(cmd)
+
+    def _check_start(
+        self, cmd: uapi.iommu_hwpt_liveupdate_adopt, call: Ioctl, ioas: Ioas, prior: PriorDomain
+    ) -> None:
+        """What is checked before an adoption whose proof comes later: the root; where the record is sealed,
+        also the digest.
+        """
+        start = time.thread_time_ns()
+        wrong = self._wrong_root(prior)
+        cmd.out_validate_ns = time.thread_time_ns() - start
+        verdict = Verdict(
+            equal=wrong is None, mismatches=[] if wrong is None else [wrong], total=int(bool(wrong))
+        )
+        self._fill(cmd, verdict)
+        cmd.out_layout_differences = NOT_COUNTED
+        self._refuse(cmd, call, verdict, min(cmd.mismatch_capacity, MAX_MISMATCHES), f"IOAS {ioas.id}")
 
     def _validate(
         self,
@@ -383,6 +464,8 @@ class Priors:
         hwpt = ictx.hwpt(cmd.hwpt_id)
         prior = self._prior(ictx, cmd.hwpt_token)
         fmt = prior.fmt
+        if hwpt.domain.proof is not None:  # it is what the other one is measured by
+            hwpt.domain.proof.need_all()
         capacity = min(cmd.mismatch_capacity, MAX_MISMATCHES)
         ram = self.kernel.frames.ram
         start = time.thread_time_ns()
@@ -448,6 +531,34 @@ class Priors:
             respond=True,
         )
 
+    def progress(self, ictx: Iommufd, call: Ioctl) -> None:
+        """IOMMU_HWPT_LIVEUPDATE_PROGRESS."""
+        cmd = copy_struct_in(uapi.iommu_hwpt_liveupdate_progress, call.raw)
+        if cmd.flags & ~uapi.IOMMU_LIVEUPDATE_PROGRESS_SWEEP:
+            raise SysError(errno.EOPNOTSUPP, f"PROGRESS flags {cmd.flags:#x}")
+        hwpt = ictx.hwpt(cmd.hwpt_id)
+        adoption = hwpt.adoption if isinstance(hwpt, AdoptedHwpt) else None
+        if adoption is not None and cmd.flags & uapi.IOMMU_LIVEUPDATE_PROGRESS_SWEEP:
+            while adoption.pending and adoption.tick(1 << 30):
+                pass
+        proof = hwpt.domain.proof
+        cmd.out_state = uapi.IOMMU_LIVEUPDATE_VALIDATED
+        cmd.out_validated, cmd.out_unknown, cmd.out_quarantined = _totals(hwpt.ioas), 0, 0
+        cmd.out_table_bytes = cmd.out_validate_ns = cmd.out_mismatches = 0
+        if adoption is not None:
+            cmd.out_table_bytes = adoption.state.table_bytes
+            cmd.out_validate_ns = adoption.validate_ns
+        if proof is not None:
+            cmd.out_state = (
+                uapi.IOMMU_LIVEUPDATE_VALIDATING if proof.pending else uapi.IOMMU_LIVEUPDATE_QUARANTINED
+            )
+            cmd.out_validated, cmd.out_unknown, cmd.out_quarantined = proof.progress()
+            cmd.out_mismatches = min(proof.state.total, 2**32 - 1)
+            rows = proof.state.mismatches[: min(cmd.mismatch_capacity, MAX_MISMATCHES)]
+            if rows:
+                call.process.copy_to_user(cmd.mismatch_uptr, b"".join(bytes(_row(m)) for m in rows))
+        call.respond(cmd)
+
     def get_info(self, ictx: Iommufd, call: Ioctl) -> None:
         """IOMMU_LIVEUPDATE_GET_INFO."""
         cmd = copy_struct_in(uapi.iommu_liveupdate_info, call.raw)
@@ -466,6 +577,11 @@ class Priors:
             call.process.copy_to_user(cmd.hwpt_uptr, b"".join(rows))
         cmd.out_hwpts = len(priors)
         call.respond(cmd)
+
+
+def _totals(ioas: Ioas) -> int:
+    """Bytes of all areas."""
+    return sum(area.length for area in ioas.areas)
 
 
 def _row(m: Mismatch) -> uapi.iommu_liveupdate_mismatch:

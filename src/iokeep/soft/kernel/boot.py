@@ -234,7 +234,7 @@ class Carrier:
         self.profile = profile_of(kernel.profile)
         self.priors = Priors(kernel, self.profile)
         self._freeze: Freeze | None = None
-        self.memfds = MemfdHandler(kernel, lambda: self.freeze.out)
+        self.memfds = MemfdHandler(kernel, lambda: self.freeze.out, self.priors.free_later)
         self.handlers: list[FileHandler] = [self.memfds]
         self.iommufds: IommufdHandler | None = None
         self.vfios: VfioHandler | None = None
@@ -410,7 +410,7 @@ class Carrier:
         """The last incoming session is finished: what nobody claimed is freed."""
         if len(self.kept):
             self.kernel.log(f"KHO: {len(self.kept)} preserved frames that nobody claimed are freed")
-            self.kernel.frames.put(self.kept)
+            self.priors.free_later(self.kept)
             self.kept = np.zeros(0, np.int64)
 
     def _hold(self, why: str) -> None:

@@ -442,6 +442,8 @@ class Memfd(PageFile):
         if flags & MFD_NOEXEC_SEAL:
             self.seals |= F_SEAL_EXEC
         self.preserved = False
+        #: adopted tables that are not proved yet, and whose areas show this file: it keeps its pages (EBUSY)
+        self.holders = 0
         #: mappings that may write, which F_SEAL_WRITE waits for (i_mmap_writable)
         self.writable_maps = 0
 
@@ -466,8 +468,14 @@ class Memfd(PageFile):
             raise SysError(errno.EPERM, f"{self.name}: sealed, size {self._size:#x}, wanted {length:#x}")
         if self.preserved and length != self._size:
             raise SysError(errno.EPERM, f"{self.name}: preserved, its size is frozen")
+        if length < self._size:
+            self._check_held()
         self._check_fits(length)
         self._resize(length)
+
+    def _check_held(self) -> None:
+        if self.holders:
+            raise SysError(errno.EBUSY, f"{self.name}: shown by an adopted IO page table that is not proved")
 
     def _check_fits(self, length: int) -> None:
         # The plan costs memory per page, so a size that this machine cannot hold twice over is refused.
@@ -513,6 +521,7 @@ class Memfd(PageFile):
             raise SysError(errno.EPERM, f"{self.name}: preserved, its pages are frozen")
         if offset >= end:
             return
+        self._check_held()
         first, last = -(-offset // FRAME_BYTES), end // FRAME_BYTES - 1
         if end == self._size:
             last = self.n_pages - 1  # the partial last page is wholly in the hole

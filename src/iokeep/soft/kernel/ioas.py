@@ -21,6 +21,7 @@ from iokeep.soft.kernel.pages import ULONG_MAX, Area, Pages
 from iokeep.soft.kernel.syserror import SysError
 
 if TYPE_CHECKING:
+    from iokeep.soft.kernel.deferred import Adoption
     from iokeep.soft.kernel.hwpt import HwptPaging
     from iokeep.soft.kernel.iommu import Domain
     from iokeep.soft.kernel.iommufd import Iommufd
@@ -212,17 +213,38 @@ class Ioas(IommufdObject):
                     piece.pages.put()
                 raise SysError(errno.ENOENT, f"IOAS {self.id}: nothing is mapped at {at:#x}")
             end = min(last, area.last)
+            try:
+                if area.storage is not None:
+                    area.storage.need(at, end)
+            except SysError:
+                for piece in pieces:
+                    piece.pages.put()
+                raise
             pieces.append(Piece(area.pages.get(), area.start_byte + at - area.iova, end - at + 1))
             if end == last:
                 return pieces
             at = end + 1
 
+    def _need(self, area: Area) -> None:
+        """Before an area goes or is cut: every domain that shows it is proved there. :raises SysError:
+        EUCLEAN, and nothing has changed.
+        """
+        for domain in self.domains:
+            domain.need(area.iova, area.last)
+
     def unmap(self, iova: int, last: int) -> int:
         """Remove every area in [iova, last]; the bytes removed (iopt_unmap_iova_range).
 
-        Areas before one that is only partly covered are gone when ENOENT comes, as in Linux.
+        Areas before one that is only partly covered are gone when ENOENT comes, as in Linux; EUCLEAN (a part
+        is quarantined) comes before anything has changed.
         """
         self.check_mutable()
+        if any(domain.proof is not None for domain in self.domains):
+            at = iova
+            while at <= last and (area := self.area_at(at, last)) is not None:
+                if iova <= area.iova and area.last <= last:
+                    self._need(area)
+                at = area.last + 1
         unmapped = 0
         start = iova
         while start <= last and (area := self.area_at(start, last)) is not None:
@@ -260,6 +282,7 @@ class Ioas(IommufdObject):
             raise SysError(errno.EINVAL, f"a cut at {start:#x} is not aligned to {self.iova_alignment:#x}")
         if area.storage is not None and not self.disable_large_pages:
             raise SysError(errno.EINVAL, f"the area at {area.iova:#x} may be mapped with huge pages")
+        self._need(area)
         self._remove(area)
         left = Area(self, area.iova, iova, area.pages, area.start_byte, area.prot)
         right = Area(self, start, area.last, area.pages.get(), rhs_byte, area.prot)
@@ -343,10 +366,11 @@ class Ioas(IommufdObject):
 
     # ---- domains
 
-    def add_domain(self, domain: Domain, *, adopted: bool = False) -> None:
+    def add_domain(self, domain: Domain, *, adopted: bool = False, proof: Adoption | None = None) -> None:
         """Show all areas in ``domain`` (iopt_table_add_domain).
 
         :param adopted: the domain's table holds them already: pages are pinned, the table is not touched.
+        :param proof: that is not proved yet, and this is what will prove it: nothing is pinned either.
         :raises SysError: nothing changed.
         """
         if domain in self.domains:
@@ -359,7 +383,9 @@ class Ioas(IommufdObject):
             filled: list[Area] = []
             try:
                 for area in self.areas:
-                    if adopted:
+                    if proof is not None:
+                        area.fill_deferred(domain)
+                    elif adopted:
                         area.fill_adopted(domain)
                     else:
                         area.fill_more(domain)
@@ -373,6 +399,8 @@ class Ioas(IommufdObject):
             raise
         self.iova_alignment = max(self.iova_alignment, FRAME_BYTES)
         self.domains.append(domain)
+        if proof is not None:
+            proof.begin()
 
     def _undo_fill(self, area: Area, domain: Domain, *, adopted: bool) -> None:
         if not adopted:
@@ -384,11 +412,14 @@ class Ioas(IommufdObject):
             # The table stays: only the pins that fill_adopted took go again, found at their origin.
             del area.pages.stored[id(area)]
             area.storage = None
-            for r in area.pages.unstored(area.first_page, area.last_page):
+            for r in area.pages.unpinned(area.first_page, area.last_page):
                 area.pages.kernel.frames.unpin(area.pages.lookup(r.start, r.last))
 
     def remove_domain(self, domain: Domain) -> None:
-        """Take the areas out of ``domain`` (iopt_table_remove_domain); pages of the last one are unpinned."""
+        """Take the areas out of ``domain`` (iopt_table_remove_domain); pages of the last one are unpinned.
+
+        The table of a domain that is not wholly proved is not taken apart: it is about to be freed.
+        """
         index = self.domains.index(domain)
         # iopt_table_remove_domain keeps the xarray dense by moving its last entry into the gap.
         tail = self.domains.pop()
@@ -397,10 +428,15 @@ class Ioas(IommufdObject):
         for area in self.areas:
             if self.domains:
                 if area.storage is domain:
-                    area.storage = self.domains[0]
-                domain.unmap(area.iova, area.last)
+                    area.move(self.domains[0])
+                if domain.proof is None:
+                    domain.unmap(area.iova, area.last)
+            elif area.storage is not None and domain.proof is not None:
+                area.release()
             elif area.storage is not None:
                 area.unfill_last(domain)
+        if domain.proof is not None:
+            domain.proof.end()
         self.unreserve(domain)
         self._set_alignment()
 

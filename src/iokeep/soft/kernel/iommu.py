@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import errno
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -43,6 +43,7 @@ from iokeep.soft.kernel.frames import (
 from iokeep.soft.kernel.syserror import SysError
 
 if TYPE_CHECKING:
+    from iokeep.soft.kernel.deferred import Adoption
     from iokeep.soft.kernel.iommufd import Iommufd
     from iokeep.soft.kernel.kernel import Kernel
 
@@ -83,6 +84,8 @@ class Domain:
         self._pfns: set[int] = set()
         self._unlinked: list[I64] = []
         self._freed = False
+        #: an adopted table that is not wholly proved: what proves it
+        self.proof: Adoption | None = None
         #: bytes of a table where the table code names no size
         self._table_bytes = fmt.table_bytes
         ram = iommu.kernel.frames.ram
@@ -128,6 +131,18 @@ class Domain:
         """pas of all table pages of 4096 bytes, sorted: a larger table is several of them."""
         return pas_of(self.table_pfns)
 
+    def need(self, iova: int, last: int) -> None:
+        """Before anything of [iova, last] is read back or changed: the table there is what iommufd believes.
+
+        :raises SysError: EUCLEAN: it was adopted, and is not; nothing has changed.
+        """
+        if self.proof is not None:
+            self.proof.need(iova, last)
+
+    def _believed(self, iova: int, last: int) -> None:
+        if self.proof is not None and not self.proof.holds(iova, last):
+            raise AssertionError(f"domain {self.domain_id}: {iova:#x} ... {last:#x} is used before its proof")
+
     # ---- what iommu_domain_ops do
 
     def map(self, extents: Extents, max_lg2: int | None = None) -> None:
@@ -135,6 +150,8 @@ class Domain:
 
         :raises SysError: ENOMEM, EADDRINUSE, ERANGE; nothing is mapped then.
         """
+        for i in range(len(extents) if self.proof is not None else 0):
+            self._believed(int(extents.iova[i]), int(extents.last[i]))
         try:
             if len(extents):
                 self._grow(int(extents.last[-1]))
@@ -169,6 +186,7 @@ class Domain:
 
         Where the table does not hold what the kernel believes, it warns and leaves what it cannot take out.
         """
+        self._believed(iova, last)
         try:
             removed = self.table.unmap(iova, last)
         except (ValueError, IokeepError) as error:
@@ -180,6 +198,8 @@ class Domain:
 
     def iova_to_phys(self, iovas: U64) -> U64:
         """pa of each IOVA, 0 where nothing translates (iommu_iova_to_phys)."""
+        if self.proof is not None and len(iovas):
+            self._believed(int(iovas.min()), int(iovas.max()))
         try:
             return self.table.iova_to_phys(iovas)
         except IokeepError as error:
@@ -192,16 +212,19 @@ class Domain:
         except IokeepError:
             return 0
 
-    def free(self) -> None:
-        """Give the table's frames and the domain id back. The domain must have no devices."""
+    def free(self, put: Callable[[I64], None] | None = None) -> None:
+        """Give the table's frames and the domain id back. The domain must have no devices.
+
+        :param put: takes the frames; the allocator if None.
+        """
         if self._freed:
             return
         if self.devices:
             raise AssertionError(f"domain {self.domain_id} freed under {len(self.devices)} devices")
         self._freed = True
-        frames = self.iommu.kernel.frames
-        frames.put(self.table_pfns)
+        pfns = self.table_pfns
         self._pfns.clear()
+        (put or self.iommu.kernel.frames.put)(pfns)
         self.iommu.forget(self)
 
     # ---- table pages

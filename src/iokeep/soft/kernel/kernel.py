@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +99,9 @@ class Kernel:
         self.warnings = 0
         #: further holders of frames, asked by audit()
         self.claimants: list[Callable[[], Iterable[Claim]]] = []
+        #: run while no call is served: each does a little of its work if that is due, and says in how many
+        #: seconds it wants to be asked again
+        self.background: list[Callable[[], float]] = []
         #: set by reboot_kexec when every hook succeeded: the server ends the process
         self.rebooting = False
         self._iommu: Iommu | None = None
@@ -162,6 +166,10 @@ class Kernel:
         """End of all processes, as a power-off does; the kernel stays usable for an audit."""
         for pid in sorted(self.processes):
             self.exit_process(pid)
+
+    def work(self) -> float:
+        """Background work that is due; in how many seconds there is more (infinite: none)."""
+        return min((one() for one in self.background), default=math.inf)
 
     # ---- processes
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from iokeep.mem.ranges import Range, merge, subtract
+from iokeep.mem.ranges import Range, RangeSet, merge, subtract
 from iokeep.pt.extents import Extents
 from iokeep.soft.kernel.files import File, PageFile
 from iokeep.soft.kernel.frames import FRAME_BYTES, FRAME_SHIFT, I64, U64, Claim, pas_of, pfns_of
@@ -118,29 +118,29 @@ class Pages:
             parts.append(file.fault(offset >> FRAME_SHIFT, (offset + length - 1) >> FRAME_SHIFT))
         return np.concatenate(parts)
 
-    def unstored(self, first: int, last: int) -> list[Range]:
-        """The page numbers of ``first`` ... ``last`` that no stored area covers."""
+    def unpinned(self, first: int, last: int) -> list[Range]:
+        """The page numbers of ``first`` ... ``last`` that no stored area has pinned."""
         whole = [Range(first, last)]
         if not self.stored:
             return whole
-        covered = [Range(a.first_page, a.last_page) for a in self.stored.values()]
-        return subtract(whole, merge(covered))
+        return subtract(whole, merge([r for a in self.stored.values() for r in a.pinned()]))
 
     def acquire(self, first: int, last: int) -> tuple[I64, I64]:
         """PFNs of the pages, pinning those that no stored area has: (all of them, the newly pinned ones).
 
         Pages that an area has stored are read back from its domain, as pfn_reader does.
+        :raises SysError: EUCLEAN: that domain's table is not what it should be there. Nothing is pinned then.
         """
-        fresh = self.unstored(first, last)
-        if fresh == [Range(first, last)]:
-            pfns = self.lookup(first, last)
-            self.kernel.frames.pin(pfns)
-            return pfns, pfns
         out = np.full(last - first + 1, -1, np.int64)
         for area in self.stored.values():
             a, b = max(first, area.first_page), min(last, area.last_page)
             if a <= b:
                 out[a - first : b - first + 1] = area.read_back(a, b)
+        fresh = self.unpinned(first, last)
+        if fresh == [Range(first, last)]:
+            pfns = self.lookup(first, last)
+            self.kernel.frames.pin(pfns)
+            return pfns, pfns
         taken = []
         for r in fresh:
             taken.append(self.lookup(r.start, r.last))
@@ -155,7 +155,8 @@ class Area:
     """``[iova, last]`` shows the pages from byte ``start_byte`` on (struct iopt_area).
 
     :param prot: PROT_R | PROT_W. :param storage: the domain whose table stores the PFNs, or None where
-        nothing is pinned for this area.
+        nothing is pinned for this area. :param lazy: numbers of pages that are stored, but not pinned: the
+        table of an adopted domain is not proved there.
     """
 
     ioas: Ioas
@@ -165,6 +166,7 @@ class Area:
     start_byte: int
     prot: int
     storage: Domain | None = field(default=None)
+    lazy: RangeSet = field(default_factory=RangeSet)
 
     @property
     def length(self) -> int:
@@ -196,21 +198,40 @@ class Area:
         base = self.iova - self.page_offset + ((first - self.first_page) << FRAME_SHIFT)
         return np.arange(last - first + 1, dtype=np.uint64) * np.uint64(FRAME_BYTES) + np.uint64(base)
 
+    def span(self, first: int, last: int) -> Range:
+        """The IOVAs that show pages ``first`` ... ``last`` (numbers in ``pages``)."""
+        base = self.iova - self.page_offset
+        start = base + ((first - self.first_page) << FRAME_SHIFT)
+        end = base + ((last + 1 - self.first_page) << FRAME_SHIFT) - 1
+        return Range(max(start, self.iova), min(end, self.last))
+
+    def pages_in(self, start: int, last: int) -> tuple[int, int]:
+        """Numbers of the first and the last page that [start, last], which touches the area, shows."""
+        base = self.iova - self.page_offset
+        first = self.first_page + ((max(start, self.iova) - base) >> FRAME_SHIFT)
+        return first, self.first_page + ((min(last, self.last) - base) >> FRAME_SHIFT)
+
     def read_back(self, first: int, last: int) -> I64:
         """PFNs of pages as the storage domain's table says: PFN 0 where nothing translates
-        (batch_from_domain).
+        (batch_from_domain). :raises SysError: EUCLEAN: that table was adopted, and is something else there.
         """
         if self.storage is None:
             raise AssertionError(f"area at {self.iova:#x} has no storage domain")
+        self.storage.need(*self.span(first, last))
         return pfns_of(self.storage.iova_to_phys(self.iovas(first, last)))
 
-    def extents(self, pfns: I64) -> Extents:
-        """What a table must hold for this area: runs of contiguous frames."""
+    def extents(self, pfns: I64, first: int | None = None) -> Extents:
+        """What a table must hold for this area: runs of contiguous frames.
+
+        :param pfns: of all its pages, or of those from number ``first`` on.
+        """
+        number = self.first_page if first is None else first
+        start, end = self.span(number, number + len(pfns) - 1)
         breaks = np.flatnonzero(np.diff(pfns) != 1) + 1
-        first = np.concatenate((np.zeros(1, np.int64), breaks))
-        iova = np.uint64(self.iova) + (first.astype(np.uint64) << np.uint64(FRAME_SHIFT))
-        last = np.append(iova[1:], np.uint64((self.last + 1) & ULONG_MAX)) - np.uint64(1)
-        return Extents(iova, last, pas_of(pfns[first]), np.full(len(first), self.prot, np.uint8))
+        at = np.concatenate((np.zeros(1, np.int64), breaks))
+        iova = np.uint64(start) + (at.astype(np.uint64) << np.uint64(FRAME_SHIFT))
+        last = np.append(iova[1:], np.uint64((end + 1) & ULONG_MAX)) - np.uint64(1)
+        return Extents(iova, last, pas_of(pfns[at]), np.full(len(at), self.prot, np.uint8))
 
     # ---- filling
 
@@ -221,6 +242,8 @@ class Area:
         """
         if not domains:
             return
+        for domain in domains:
+            domain.need(self.iova, self.last)
         pfns, pinned = self.pages.acquire(self.first_page, self.last_page)
         done: list[Domain] = []
         try:
@@ -236,7 +259,10 @@ class Area:
         self.store(domains[0])
 
     def fill_more(self, domain: Domain) -> None:
-        """Map the area in one more domain (iopt_area_fill_domain); pins if no domain stores the PFNs yet."""
+        """Map the area in one more domain (iopt_area_fill_domain); pins if no domain stores the PFNs yet.
+
+        :raises SysError: nothing is pinned or mapped then.
+        """
         pfns, pinned = self.pages.acquire(self.first_page, self.last_page)
         try:
             domain.map(self.extents(pfns), self.ioas.max_leaf_lg2)
@@ -251,6 +277,25 @@ class Area:
         self.pages.acquire(self.first_page, self.last_page)
         if self.storage is None:
             self.store(domain)
+
+    def fill_deferred(self, domain: Domain) -> None:
+        """``domain`` maps the pages already, as it will be proved: it becomes their storage, and no page is
+        pinned before. O(1) in the pages.
+        """
+        if self.storage is None:
+            self.lazy = RangeSet(self.pages.unpinned(self.first_page, self.last_page))
+            self.store(domain)
+
+    def pin(self, first: int, last: int) -> None:
+        """The table was proved for pages ``first`` ... ``last``: pin those that nobody has pinned."""
+        for part in self.lazy.within(first, last):
+            for r in self.pages.unpinned(*part):
+                self.pages.kernel.frames.pin(self.pages.lookup(r.start, r.last))
+            self.lazy.discard(*part)
+
+    def pinned(self) -> list[Range]:
+        """Numbers of the pages that are pinned for this area, or were when it was stored."""
+        return self.lazy.outside(self.first_page, self.last_page)
 
     def store(self, domain: Domain) -> None:
         """``domain`` keeps the PFNs of this area from now on."""
@@ -272,13 +317,55 @@ class Area:
 
         PFNs are read before their mapping goes, and unpinned after the flush, when no DMA can be under way.
         """
+        storage.need(self.iova, self.last)
         del self.pages.stored[id(self)]
-        spans = self.pages.unstored(self.first_page, self.last_page)
+        spans = self.pages.unpinned(self.first_page, self.last_page)
         pfns = [self.read_back(r.start, r.last) for r in spans]
         self.storage = None
         storage.unmap(self.iova, self.last)
         for part in pfns:
             self.pages.kernel.frames.unpin(part)
+
+    def release(self) -> None:
+        """Let the storage domain go without a change of its table: unpin what no other area has pinned.
+
+        Where that table is not proved, the file says which pages these are.
+        """
+        del self.pages.stored[id(self)]
+        spans = self.pages.unpinned(self.first_page, self.last_page)
+        left = [r for s in spans for r in self.lazy.outside(*s)]
+        pfns = [part for r in left for part in self._held(r)]
+        self.storage, self.lazy = None, RangeSet()
+        for part in pfns:
+            self.pages.kernel.frames.unpin(part)
+
+    def move(self, storage: Domain) -> None:
+        """Another domain that maps the area already stores its PFNs from now on."""
+        self.storage = storage
+        if self.lazy:
+            proof = storage.proof
+            spans = [Range(self.iova, self.last)]
+            if proof is not None:
+                spans = proof.state.validated.within(self.iova, self.last)
+            for r in spans:
+                self.pin(*self.pages_in(*r))
+
+    def _held(self, r: Range) -> list[I64]:
+        """PFNs of pinned pages (numbers in ``pages``), from the table as far as it is proved."""
+        storage = self.storage
+        if storage is None:
+            raise AssertionError(f"area at {self.iova:#x} has no storage domain")
+        proof = storage.proof
+        if proof is None or proof.holds(*self.span(*r)):
+            return [pfns_of(storage.iova_to_phys(self.iovas(*r)))]
+        span = self.span(*r)
+        trusted = proof.state.validated
+        out = []
+        for part in trusted.within(*span):
+            out.append(pfns_of(storage.iova_to_phys(self.iovas(*self.pages_in(*part)))))
+        for part in trusted.outside(*span):
+            out.append(self.pages.lookup(*self.pages_in(*part)))
+        return out
 
     def claims(self) -> Iterable[Claim]:
         """The pins that will be undone when this area goes: what its storage domain says."""
@@ -289,7 +376,7 @@ class Area:
         for area in self.pages.stored.values():
             if area is self:
                 break
-            earlier.append(Range(area.first_page, area.last_page))
-        for r in subtract([Range(self.first_page, self.last_page)], merge(earlier)):
-            pfns = self.read_back(r.start, r.last)
-            yield Claim(f"IOAS {self.ioas.id} area at {self.iova:#x}", pfns, refs=1, pins=1)
+            earlier += area.pinned()
+        for r in subtract(self.pinned(), merge(earlier)):
+            for pfns in self._held(r):
+                yield Claim(f"IOAS {self.ioas.id} area at {self.iova:#x}", pfns, refs=1, pins=1)

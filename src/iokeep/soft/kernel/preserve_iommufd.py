@@ -19,7 +19,8 @@ import numpy as np
 from iokeep.errors import IokeepError
 from iokeep.handover.iommu import HwptRecord, IoasRecord, IommufdRecord
 from iokeep.pt.verify import verify
-from iokeep.soft.kernel.adopt import PriorDomain, Priors, expected_extents
+from iokeep.soft.kernel.adopt import PriorDomain, Priors
+from iokeep.soft.kernel.deferred import expected_extents
 from iokeep.soft.kernel.files import F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK, File, Memfd
 from iokeep.soft.kernel.hwpt import HwptPaging
 from iokeep.soft.kernel.ioas import Ioas
@@ -104,6 +105,8 @@ class IommufdHandler(FileHandler):
             )
 
     def _check_table(self, hwpt: HwptPaging) -> None:
+        if hwpt.domain.proof is not None:
+            hwpt.domain.proof.need_all()
         try:
             verdict = verify(
                 hwpt.domain.fmt,

@@ -92,12 +92,14 @@ def folios(pfns: I64) -> tuple[I64, I64, I64]:
 class MemfdHandler(FileHandler):
     """LUO handler "memfd-v2".
 
-    :param out: the KHO output of the freeze that is going on.
+    :param out: the KHO output of the freeze that is going on. :param free: frees frames that came over the
+        kexec and that nobody claimed, or keeps them while a wrong table may lead there.
     :param incoming: what came over the kexec by the pa of its record.
     """
 
     kernel: Kernel
     out: Callable[[], KhoOut]
+    free: Callable[[I64], None]
     incoming: dict[int, IncomingMemfd] = field(default_factory=dict)
     held: list[PreservedMemfd] = field(default_factory=list)
 
@@ -183,4 +185,4 @@ class MemfdHandler(FileHandler):
         record = self.incoming.get(entry.data)
         if record is not None and not record.gone:
             record.gone = True
-            self.kernel.frames.put(record.pfns)
+            self.free(record.pfns)

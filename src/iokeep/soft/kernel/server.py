@@ -59,13 +59,20 @@ class Server:
     def run(self) -> None:
         """Serve. Returns after a reboot or :meth:`stop`. :raises Oops: the kernel hit a bug."""
         while self._running and not self.kernel.rebooting:
-            for key, _ in self._selector.select(0.1):
+            for key, _ in self._selector.select(min(0.1, self._work())):
                 if key.fileobj is self._listener:
                     self._accept()
                 else:
                     self._serve(key.data)
                 if self.kernel.rebooting:
                     break
+
+    def _work(self) -> float:
+        try:
+            return self.kernel.work()
+        except Exception as error:
+            self.kernel.log(f"Oops: background work\n{traceback.format_exc()}")
+            raise Oops(str(error)) from error
 
     def close(self) -> None:
         """Close every connection, without the exits of processes: those are shutdown's business."""
