@@ -30,18 +30,21 @@ UNPLUGGED = Range(0x80_0000_0000, 0x80_0000_0FFF)
 class Bench:
     """A table of 2M and 4K leaves with an emptied table, in private RAM."""
 
-    def __init__(self, name, levels=4):
-        self.fmt = open_format(name, {"levels": levels})
+    def __init__(self, name, **config):
+        self.fmt = open_format(name, config)
         self.mem = Ram.of(64 << 20)
         self.next = 0x1000
 
-        def alloc(n):
-            pas = np.arange(n, dtype=np.uint64) * np.uint64(4096) + np.uint64(self.next)
-            self.next += n * 4096
+        def alloc(n, size=4096):
+            self.next = -(-self.next // size) * size
+            pas = np.arange(n, dtype=np.uint64) * np.uint64(size) + np.uint64(self.next)
+            self.next += n * size
             return pas
 
-        self.table = Table.create(self.fmt, self.mem, alloc, lambda pas: None)
-        rows = [(0, 0x7F_FFFF, 0x80_0000, 3), (0x10_0000_0000, 0x10_0000_FFFF, 0x180_0000, 1)]
+        self.table = Table.create(self.fmt, self.mem, alloc, lambda *gone: None)
+        # each by itself, so that no format joins them to something larger
+        rows = [(at, at + MIB2 - 1, 0x80_0000 + at, 3) for at in range(0, 0x80_0000, MIB2)]
+        rows += [(0x10_0000_0000, 0x10_0000_FFFF, 0x180_0000, 1)]
         rows += [
             (0x4000_0000 + i * 4096, 0x4000_0000 + i * 4096 + 4095, 0x100_0000 + 2 * i * 4096, 3)
             for i in range(16)
@@ -60,11 +63,54 @@ class Bench:
         return verify(self.fmt, self.mem, self.table.root_pa, self.want)
 
 
-@pytest.fixture(params=["vtdss", "x86_64"])
+KINDS = {
+    "vtdss": {"levels": 4},
+    "x86_64": {"levels": 4},
+    "amdv1": {"levels": 4},
+    "arm_lpae_s1": {},
+    "arm_lpae_s2": {"input_bits": 40, "output_bits": 40, "start_level": 1},
+    "riscv64": {"levels": 4},
+}
+
+
+@pytest.fixture(params=list(KINDS))
 def bench(request):
-    b = Bench(request.param)
+    b = Bench(request.param, **KINDS[request.param])
     assert b.verdict().equal
     return b
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "size"),
+    [
+        ("amdv1", {"levels": 4}, 0x8000),
+        ("amdv1", {"levels": 4}, MIB2 * 2),
+        ("riscv64", {"levels": 4}, 0x1_0000),
+    ],
+)
+@pytest.mark.parametrize("fault", ["pte-bit", "pte-swap", "unknown-bit"])
+def test_contiguous_entries_are_damaged_as_such(name, config, size, fault):
+    """A swap moves every item of both; a bit tears one, and the rest is what is found missing or moved."""
+    b = Bench(name, **config)
+    at = 0xA0_0000_0000
+    rows = [(at + i * 2 * size, at + i * 2 * size + size - 1, 0x200_0000 + i * 2 * size, 3) for i in (0, 1)]
+    for row in rows:
+        b.table.map(Extents.of([row]))
+    want = Extents.of(
+        [*zip(*(getattr(b.want, c).tolist() for c in ("iova", "last", "pa", "prot")), strict=True), *rows]
+    )
+    quiet = [Range(at, at + 4 * size - 1)]
+    found = leaves(b.fmt, b.mem, b.table.root_pa, at, at + 4 * size - 1)
+    assert (1 << found.lg2.astype(int) == size).all()
+    injected = change_tables(fault, b.fmt, b.mem, b.table.root_pa, quiet, b.tags, [])
+    verdict = verify(b.fmt, b.mem, b.table.root_pa, want)
+    assert not verdict.equal
+    assert injected.iova == at
+    if fault == "pte-swap":
+        assert {m.reason for m in verdict.mismatches} == {"pa"}
+        after = leaves(b.fmt, b.mem, b.table.root_pa, at, at + 4 * size - 1)
+        assert after.pa.tolist() == found.pa.tolist()[::-1]
+        assert (1 << after.lg2.astype(int) == size).all()
 
 
 @pytest.mark.parametrize("name", ["pte-bit", "pte-swap"])
@@ -92,14 +138,14 @@ def test_an_unknown_bit_is_refused_as_such(bench):
 
 def test_an_unknown_bit_above_small_leaves_is_reserved_too(bench):
     """Where the small leaf has no reserved bit, the item above it has, if all behind it is quiet."""
-    bench.table.map(Extents.of([(0x100_0000_0000, 0x100_0000_0FFF, 0x1E0_0000, 3)]))
-    quiet = [Range(0x100_0000_0000, 0x100_0000_0FFF)]
+    bench.table.map(Extents.of([(0x90_0000_0000, 0x90_0000_0FFF, 0x1E0_0000, 3)]))
+    quiet = [Range(0x90_0000_0000, 0x90_0000_0FFF)]
     args = (bench.fmt, bench.mem, bench.table.root_pa, quiet, bench.tags, [UNPLUGGED])
     injected = change_tables("unknown-bit", *args)
-    assert injected.iova == 0x100_0000_0000
+    assert injected.iova == 0x90_0000_0000
     assert "reserved" in injected.what
     rows = list(zip(*(getattr(bench.want, c).tolist() for c in ("iova", "last", "pa", "prot")), strict=True))
-    with_it = Extents.of([*rows, (0x100_0000_0000, 0x100_0000_0FFF, 0x1E0_0000, 3)])
+    with_it = Extents.of([*rows, (0x90_0000_0000, 0x90_0000_0FFF, 0x1E0_0000, 3)])
     verdict = verify(bench.fmt, bench.mem, bench.table.root_pa, with_it)
     assert not verdict.equal
     assert "reserved" in {m.reason for m in verdict.mismatches}

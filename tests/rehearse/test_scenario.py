@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iokeep.errors import CapabilityError, UsageError
+from iokeep.pt.registry import open_format
+from iokeep.rehearse.machine import FORMATS, MACHINES
 from iokeep.rehearse.scenario import (
     GIB,
     MIB2,
-    MSI_WINDOW,
     Range,
     areas_of,
     check_memory,
@@ -109,27 +110,30 @@ def test_the_kernel_keeps_region_zero():
 def test_a_table_that_maps_nothing_is_no_guest():
     z = np.zeros(0, np.uint64)
     with pytest.raises(CapabilityError, match="maps nothing"):
-        like("empty", "vtdss", 4, "legacy", (z, z, z.astype(np.uint8), z.astype(np.uint8)))
+        like("empty", "vtdss", {"levels": 4}, "legacy", (z, z, z.astype(np.uint8), z.astype(np.uint8)))
 
 
 def test_a_format_without_hardware_is_said_to_be_so():
     z = np.zeros(0, np.uint64)
-    with pytest.raises(CapabilityError, match="arm_lpae_s1"):
-        like("arm", "arm_lpae_s1", 4, "legacy", (z, z, z.astype(np.uint8), z.astype(np.uint8)))
+    with pytest.raises(CapabilityError, match="arm_mali_lpae"):
+        like("arm", "arm_mali_lpae", {}, "", (z, z, z.astype(np.uint8), z.astype(np.uint8)))
 
 
 @pytest.mark.parametrize("page_size", ["4K", "2M", "mixed"])
 @pytest.mark.parametrize("memory", [16 << 20, 64 << 20, 1 << 30, 8 << 30])
-@pytest.mark.parametrize("format_name", ["vtdss", "x86_64"])
+@pytest.mark.parametrize("format_name", FORMATS)
 def test_a_pc_is_a_layout_that_a_kernel_takes(page_size, memory, format_name):
     s = pc(memory, page_size, format_name, 3)
     assert sum(f.size for f in s.files if f.name.startswith("ram")) == memory
     for a, b in pairwise(s.areas):
         assert a.last < b.iova
     prots = {a.prot for a in s.areas}
-    assert prots == ({1, 2, 3} if format_name == "vtdss" else {1, 3})
+    assert prots == ({1, 2, 3} if open_format(format_name, {}).write_only else {1, 3})
+    machine = MACHINES[format_name]
+    assert (s.iommu, s.mode) == (machine.iommu, machine.mode)
     for a in s.areas:
-        assert not Range(a.iova, a.last).overlaps(MSI_WINDOW)
+        assert not any(r.overlaps(Range(a.iova, a.last)) for r in machine.reserved)
+        assert machine.ram <= a.iova or not a.role.endswith("RAM")
         assert a.iova % 4096 == 0
         assert (a.last + 1) % 4096 == 0
         assert a.offset + a.length <= s.files[a.file].size
@@ -154,7 +158,7 @@ def test_gigabyte_pages():
 @pytest.mark.parametrize(
     ("memory", "page_size", "format_name"),
     [(1 << 20, "4K", "vtdss"), (16 << 20, "8K", "vtdss"), ((16 << 20) + 4096, "4K", "vtdss"),
-     (3 << 20, "1G", "vtdss"), (1 << 50, "4K", "vtdss"), (16 << 20, "4K", "amdv1")],
+     (3 << 20, "1G", "vtdss"), (1 << 50, "4K", "vtdss"), (16 << 20, "4K", "s390_zpci")],
 )  # fmt: skip
 def test_impossible_guests_are_usage_errors(memory, page_size, format_name):
     with pytest.raises(UsageError):

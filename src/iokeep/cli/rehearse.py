@@ -57,7 +57,12 @@ def add_parser(subparsers: Any) -> None:
     p.add_argument("spec", nargs="?", metavar="SPEC.toml", help="options from a file; the command line wins")
     p.add_argument("--like", metavar="SOURCE", help="take the guest from a capture of a real table")
     p.add_argument("--policy", metavar="P", help="rebuild, adopt (default) or trust")
-    p.add_argument("--format", metavar="F", help="vtdss (default) or x86_64")
+    p.add_argument(
+        "--format",
+        metavar="F",
+        help="of the IO page tables, and with it the host's IOMMU: vtdss (default) or x86_64 (VT-d), amdv1 "
+        "(AMD-Vi), arm_lpae_s1 or arm_lpae_s2 (SMMUv3), riscv64 (RISC-V IOMMU)",
+    )
     p.add_argument("--memory", metavar="SIZE", help="guest RAM, e.g. 64M (default 1G)")
     p.add_argument("--page-size", metavar="S", help="4K, 2M, 1G or mixed (default)")
     p.add_argument("--devices", metavar="N", type=int, help="devices that do DMA (default 2)")

@@ -23,7 +23,7 @@ from iokeep.mem.memory import WritableMemory
 from iokeep.mem.ranges import Range
 from iokeep.pt.formats.base import Format
 from iokeep.pt.leaves import leaf_items
-from iokeep.pt.tables import TableMemory
+from iokeep.pt.tables import Items, TableMemory
 from iokeep.pt.walk import walk
 from iokeep.restore.manifest import Area, FileEntry
 
@@ -208,48 +208,39 @@ def _text(a: Area) -> str:
 # ---- table faults
 
 
-@dataclass(slots=True)
-class _Found:
-    """Leaves in the quiet ranges: uint64 iova, pa, item_pa; their level and raw item."""
-
-    iova: U64
-    pa: U64
-    item_pa: U64
-    level: NDArray[np.int64]
-    item: U64
-
-
-def _quiet_leaves(fmt: Format, mem: WritableMemory, root_pa: int, quiet: Sequence[Range]) -> _Found:
-    parts: list[tuple[U64, U64, U64, NDArray[np.int64], U64]] = []
+def _quiet_leaves(fmt: Format, mem: WritableMemory, root_pa: int, quiet: Sequence[Range]) -> Items:
+    """Leaves that are wholly in the quiet ranges; a contiguous entry is one of them."""
+    parts: list[Items] = []
     for r in quiet:
         items, _ = leaf_items(TableMemory(fmt, mem), root_pa, r.start, r.last)
         # Not a leaf that only reaches into the range: devices may be at work in its other part.
-        sizes = np.array([(1 << spec.shift) - 1 for spec in fmt.levels], np.uint64)[items.level]
-        inside = (items.iova >= np.uint64(r.start)) & (items.iova + sizes <= np.uint64(r.last))
+        sizes = (np.uint64(1) << items.lg2.astype(np.uint64)) - np.uint64(1)
         parts.append(
-            (
-                items.iova[inside],
-                items.pa[inside],
-                items.at[inside],
-                items.level[inside].astype(np.int64),
-                items.item[inside],
-            )
+            items.take((items.iova >= np.uint64(r.start)) & (items.iova + sizes <= np.uint64(r.last)))
         )
     if not parts:
         raise UsageError("this guest has no quiet range to put a table fault in")
-    return _Found(
-        np.concatenate([p[0] for p in parts]),
-        np.concatenate([p[1] for p in parts]),
-        np.concatenate([p[2] for p in parts]),
-        np.concatenate([p[3] for p in parts]),
-        np.concatenate([p[4] for p in parts]),
-    )
+    return Items.join(parts)
 
 
 def _store(fmt: Format, mem: WritableMemory, item_pa: int, item: int) -> None:
     """Write one item as it lies in memory (``item`` is after ``invert``)."""
     order = "little" if fmt.byte_order == "<" else "big"
     mem.write(item_pa, (item ^ fmt.invert).to_bytes(fmt.item_bytes, order))  # type: ignore[arg-type]
+
+
+def _move(fmt: Format, mem: WritableMemory, found: Items, i: int, pa: int) -> None:
+    """Make leaf ``i`` show ``pa``: its item, or all items of a contiguous entry."""
+    spec, item = fmt.levels[int(found.level[i])], int(found.item[i])
+    lg2 = int(found.lg2[i])
+    run = spec.contig_of(item) if lg2 > spec.shift else None
+    address = spec.pa_word(2**64 - 1)
+    equal = run is not None and run.replicated
+    coded = run.value & address if run is not None and run.replicated else 0
+    for n in range(1 << (lg2 - spec.shift)):
+        own = pa if equal else pa + (n << spec.shift)
+        there = int(found.at[i]) + n * fmt.item_bytes
+        _store(fmt, mem, there, (item & ~address) | spec.pa_word(own) | coded)
 
 
 def change_tables(
@@ -269,23 +260,10 @@ def change_tables(
     :raises UsageError: this table has no place for the fault.
     """
     found = _quiet_leaves(fmt, mem, root_pa, quiet)
-    small = np.flatnonzero(found.level == 0)
     if name == "pte-bit":
         return _pte_bit(fmt, mem, found, tags)
     if name == "pte-swap":
-        at = small if len(small) >= 2 else np.flatnonzero(found.level == found.level.max(initial=0))
-        if len(at) < 2:
-            raise UsageError("pte-swap needs two leaves of one size in the quiet ranges")
-        a, b = int(at[0]), int(at[-1])
-        spec = fmt.levels[int(found.level[a])]
-        for here, other in ((a, b), (b, a)):
-            kept = int(found.item[here]) & ~spec.leaf_pa_mask
-            _store(fmt, mem, int(found.item_pa[here]), kept | (int(found.item[other]) & spec.leaf_pa_mask))
-        return Injected(
-            name,
-            f"leaves of iova {int(found.iova[a]):#x} and {int(found.iova[b]):#x} swapped",
-            int(found.iova[a]),
-        )
+        return _pte_swap(fmt, mem, found)
     if name == "unknown-bit":
         return _unknown_bit(fmt, mem, root_pa, found, quiet)
     if name == "leaf-size":
@@ -293,14 +271,32 @@ def change_tables(
     raise ValueError(name)
 
 
-def _pte_bit(fmt: Format, mem: WritableMemory, found: _Found, tags: NDArray[np.uint32]) -> Injected:
-    """Flip one OA bit so that the leaf points into a frame of somebody else, if any bit does that."""
+def _pte_swap(fmt: Format, mem: WritableMemory, found: Items) -> Injected:
+    """Let two leaves of one size, the smallest there is twice, show each other's frames."""
+    sizes, counts = np.unique(found.lg2, return_counts=True)
+    for lg2 in sizes[counts >= 2].tolist():
+        at = np.flatnonzero(found.lg2 == lg2)
+        a, b = int(at[0]), int(at[-1])
+        if found.level[a] == found.level[b] and found.pa[a] != found.pa[b]:
+            _move(fmt, mem, found, a, int(found.pa[b]))
+            _move(fmt, mem, found, b, int(found.pa[a]))
+            what = f"leaves of iova {int(found.iova[a]):#x} and {int(found.iova[b]):#x} swapped"
+            return Injected("pte-swap", what, int(found.iova[a]))
+    raise UsageError("pte-swap needs two leaves of one size in the quiet ranges")
+
+
+def _pte_bit(fmt: Format, mem: WritableMemory, found: Items, tags: NDArray[np.uint32]) -> Injected:
+    """Flip one OA bit so that the leaf points into a frame of somebody else, if any bit does that. Of a
+    contiguous entry one item is changed, where there is nothing else.
+    """
     best: tuple[int, int, int] | None = None
-    for i in np.argsort(found.level, kind="stable")[:512].tolist():
+    shifts = np.array([spec.shift for spec in fmt.levels], np.uint8)
+    joined = found.lg2 > shifts[found.level]
+    for i in np.lexsort((found.level, joined))[:512].tolist():
         spec = fmt.levels[int(found.level[i])]
         own = tags[int(found.pa[i]) >> 12]
-        for bit in range(spec.shift, 52):
-            if not spec.leaf_pa_mask >> bit & 1:
+        for bit in range(int(found.lg2[i]), 56):
+            if not spec.pa_word(1 << bit):
                 continue
             pfn = (int(found.pa[i]) ^ 1 << bit) >> 12
             if pfn >= len(tags):
@@ -313,24 +309,29 @@ def _pte_bit(fmt: Format, mem: WritableMemory, found: _Found, tags: NDArray[np.u
     if best is None:
         raise UsageError("pte-bit: no leaf in the quiet ranges")
     _, i, bit = best
-    _store(fmt, mem, int(found.item_pa[i]), int(found.item[i]) ^ 1 << bit)
+    word = fmt.levels[int(found.level[i])].pa_word(1 << bit)
+    _store(fmt, mem, int(found.at[i]), int(found.item[i]) ^ word)
     iova = int(found.iova[i])
-    return Injected(
-        "pte-bit", f"bit {bit} of the leaf of iova {iova:#x} (pa {int(found.pa[i]):#x}) flipped", iova
-    )
+    what = f"bit {word.bit_length() - 1} of the leaf of iova {iova:#x} (pa {int(found.pa[i]):#x}) flipped"
+    return Injected("pte-bit", what, iova)
 
 
 def _unknown_bit(
-    fmt: Format, mem: WritableMemory, root_pa: int, found: _Found, quiet: Sequence[Range]
+    fmt: Format, mem: WritableMemory, root_pa: int, found: Items, quiet: Sequence[Range]
 ) -> Injected:
     """Set a bit that the specification reserves: in a leaf; else in the table item above, where everything
     behind it is quiet; else, where this format reserves none, an attribute bit that the kernel never sets.
     """
-    for i in np.argsort(-found.level, kind="stable").tolist():
-        free = fmt.levels[int(found.level[i])].leaf_reserved & ~int(found.item[i])
+    for i in np.argsort(-found.level.astype(np.int64), kind="stable").tolist():
+        spec, item = fmt.levels[int(found.level[i])], int(found.item[i])
+        run = spec.contig_of(item)
+        reserved = spec.leaf_reserved
+        if run is not None:
+            reserved = reserved & ~run.mask if run.reserved is None else run.reserved
+        free = reserved & ~item
         if free:
             bit, iova = free.bit_length() - 1, int(found.iova[i])
-            _store(fmt, mem, int(found.item_pa[i]), int(found.item[i]) | 1 << bit)
+            _store(fmt, mem, int(found.at[i]), item | 1 << bit)
             return Injected("unknown-bit", f"reserved bit {bit} of the leaf of iova {iova:#x} set", iova)
     for iova in found.iova.tolist():
         for level, item_pa, item in reversed(walk(fmt, mem, root_pa, iova).steps[:-1]):
@@ -350,38 +351,36 @@ def _unknown_bit(
         free = spec.leaf_attrs & ~spec.leaf_base & ~int(found.item[i])
         if free:
             bit, iova = (free & -free).bit_length() - 1, int(found.iova[i])
-            _store(fmt, mem, int(found.item_pa[i]), int(found.item[i]) | 1 << bit)
+            _store(fmt, mem, int(found.at[i]), int(found.item[i]) | 1 << bit)
             return Injected("unknown-bit", f"attribute bit {bit} of the leaf of iova {iova:#x} set", iova)
     raise UsageError("unknown-bit: no leaf in the quiet ranges has an unknown bit to set")
 
 
 def _leaf_size(
-    fmt: Format, mem: WritableMemory, root_pa: int, found: _Found, unplugged: Sequence[Range]
+    fmt: Format, mem: WritableMemory, root_pa: int, found: Items, unplugged: Sequence[Range]
 ) -> Injected:
     """Split one big leaf into a table of small ones, for which an emptied table that is still linked is
     used."""
-    big = np.flatnonzero(found.level == 1)
+    one, two = fmt.levels[0], fmt.levels[1]
+    big = np.flatnonzero((found.level == 1) & (found.lg2 == two.shift))
     if not len(big):
         raise UsageError("leaf-size needs a 2 MiB leaf in a quiet range", "choose --page-size 2M or mixed")
     i = int(big[0])
     for r in unplugged:
         steps = walk(fmt, mem, root_pa, r.start).steps
         if steps and steps[-1][0] == 0:
-            level, parent_pa, parent = steps[-2]
-            spare = parent & fmt.levels[level].table_pa_mask
+            _, parent_pa, parent = steps[-2]
+            spare = two.table_pa(parent)
             break
     else:
         raise UsageError("leaf-size needs an emptied table that is still linked; this guest has none")
-    one, two = fmt.levels[0], fmt.levels[1]
-    item, pa = int(found.item[i]), int(found.pa[i])
+    pa, prot = int(found.pa[i]), int(found.prot[i])
     count = one.items
-    prot = two.leaf_prot(item)
-    base = one.leaf_base | one.prot_bits[prot]
     pas = np.uint64(pa) + (np.arange(count, dtype=np.uint64) << np.uint64(one.shift))
-    words = (pas | np.uint64(base)) ^ np.uint64(fmt.invert)
-    mem.write(spare, words.astype(f"{fmt.byte_order}u{fmt.item_bytes}").tobytes())
+    words = fmt.leaf_items(0, pas, np.full(count, prot, np.uint8))
+    mem.write(spare, words.astype(fmt.item_dtype).tobytes())
     _store(fmt, mem, parent_pa, 0)
-    pointer = (parent & ~fmt.levels[level].table_pa_mask) | spare
-    _store(fmt, mem, int(found.item_pa[i]), pointer)
+    pointer = int(fmt.table_items(1, np.array([spare], np.uint64))[0]) ^ fmt.invert
+    _store(fmt, mem, int(found.at[i]), pointer)
     iova = int(found.iova[i])
     return Injected("leaf-size", f"the 2 MiB leaf of iova {iova:#x} split into {count} leaves", iova)

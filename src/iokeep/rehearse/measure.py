@@ -15,16 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from iokeep.mem.memory import Memory
 from iokeep.pt.formats.base import Format
 from iokeep.pt.leaves import Leaves, leaves
-from iokeep.pt.registry import open_format
-from iokeep.pt.roots.vtd import find_root
-from iokeep.pt.tables import table_pages
+from iokeep.pt.tables import TableMemory, descend, raise_unreadable
 from iokeep.rehearse.scenario import Expected
 from iokeep.soft.hardware import bar
 from iokeep.soft.hardware.bar import StepStats
 from iokeep.soft.hardware.platform import Platform
-from iokeep.soft.hardware.units import vtd as registers
+from iokeep.soft.kernel.iommu import root_of
 
 __all__ = ["Clock", "Table", "compare_leaves", "device_table", "dma_of", "guest_words"]
 
@@ -42,10 +41,24 @@ class Table:
 
 def device_table(platform: Platform, index: int = 0) -> Table:
     """Follow the registers to the table of device ``index``. :raises InputError: they lead nowhere."""
-    rtaddr = platform.iommu.read64(registers.DMAR_RTADDR_REG)
-    info = find_root(platform.ram, rtaddr, platform.bdf(index))
-    assert info.format is not None
-    return Table(open_format(info.format, {"levels": info.levels}), info.root_pa)
+    found = root_of(platform, platform.bdf(index))
+    return Table(found.fmt, found.root_pa)
+
+
+def table_frames(fmt: Format, mem: Memory, root_pa: int) -> U64:
+    """pas of all pages of 4 KiB that tables are in, sorted.
+
+    :raises MemoryAbsent, InputError: a table is absent or in a loop.
+    """
+    upper = descend(TableMemory(fmt, mem), root_pa)
+    raise_unreadable(fmt, upper.problems)
+    parts = []
+    for level, pas in zip(range(fmt.top_level, -1, -1), upper.pages, strict=True):
+        size = max(fmt.bytes_of(level), FRAME)
+        step = np.arange(0, size, FRAME, dtype=np.uint64)
+        parts.append(((pas & ~np.uint64(FRAME - 1))[:, None] + step).reshape(-1))
+    frames: U64 = np.unique(np.concatenate(parts))
+    return frames
 
 
 def table_leaves(platform: Platform, table: Table) -> Leaves:
@@ -55,7 +68,7 @@ def table_leaves(platform: Platform, table: Table) -> Leaves:
 
 def count_table_pages(platform: Platform, table: Table) -> int:
     """Table pages of 4 KiB, the root included."""
-    return len(table_pages(table.fmt, platform.ram, table.root_pa))
+    return len(table_frames(table.fmt, platform.ram, table.root_pa))
 
 
 def compare_leaves(found: Leaves, expected: Expected) -> str:

@@ -45,6 +45,7 @@ from iokeep.rehearse.inject import (
     Injected,
     change_tables,
 )
+from iokeep.rehearse.machine import captured
 from iokeep.rehearse.scenario import Scenario, check_memory, like, pc
 from iokeep.rehearse.vmm import pattern
 from iokeep.restore.policies import policy_of
@@ -122,20 +123,16 @@ def load_like(source: str) -> Scenario:
     capture = Capture.load(source)
     meta = capture.meta
     name = Path(source).name
-    if capture.format not in ("vtdss", "x86_64"):
-        raise CapabilityError(
-            f"{name}: format {capture.format}: the IOMMU of the software host is a VT-d",
-            "choose a capture of vtdss or x86_64",
-        )
-    fmt = open_format(capture.format, capture.config)
-    found = leaves(fmt, capture.memory, capture.root_pa)
     mode = meta.get("mode", "legacy")
+    mode = mode if isinstance(mode, str) else ""
+    captured(name, capture.format, capture.config, mode)  # refused before the table is read
+    found = leaves(open_format(capture.format, capture.config), capture.memory, capture.root_pa)
     source_facts = {"source": str(source), "kernel": str(meta.get("kernel", "")), "leaves": len(found)}
     return like(
         name,
         capture.format,
-        len(fmt.levels),
-        mode if isinstance(mode, str) else "legacy",
+        capture.config,
+        mode,
         (found.iova, found.pa, found.lg2, found.prot),
         source_facts,
     )
@@ -315,6 +312,9 @@ class _Rehearsal:
         self.names = tuple(f.name for f in options.inject)
         self.files_pa: list[tuple[int, Any, Any]] = []
         self.translated = Extents.empty()
+        #: of the table, once it is there: its levels, and log2 of the IOVAs that devices can have
+        self.levels = 0
+        self.input_lg2 = 0
 
     def __enter__(self) -> _Rehearsal:
         return self
@@ -336,6 +336,7 @@ class _Rehearsal:
             self.options.devices,
             self.options.kernel_from,
             self._params(first=True),
+            iommu=self.scenario.iommu,
             progress=self.say,
         )
         self._stack.callback(self.host.stop)
@@ -357,7 +358,7 @@ class _Rehearsal:
     def _params(self, *, first: bool) -> dict[str, str | int]:
         """Command line of a kernel."""
         s = self.scenario
-        params: dict[str, str | int] = {"iommu": s.iommu, "levels": s.levels, "seed": self.options.seed}
+        params: dict[str, str | int] = {"iommu": s.mode, **s.params, "seed": self.options.seed}
         for f in s.files:
             placement = f.placement
             if f.pfns is not None:
@@ -382,7 +383,6 @@ class _Rehearsal:
         s, o, c = self.scenario, self.options, self.custodian
         kill = self.kill_at if self.kill_at not in self.killed else ""
         assert c.session is not None
-        fmt = open_format(s.format, {"levels": s.levels})
         return {
             "role": role,
             "socket": str(self.host.socket),
@@ -400,7 +400,7 @@ class _Rehearsal:
             "quiet": [[r.start, r.last] for r in s.quiet],
             "devices": [f"/dev/vfio/devices/vfio{i}" for i in range(o.devices)],
             "inject": [f.name for f in o.inject if f.name in REPLAY_FAULTS],
-            "input_lg2": fmt.input_lg2 - (1 if fmt.sign_extend else 0),
+            "input_lg2": self.input_lg2,
         }
 
     # ---- conversation
@@ -499,6 +499,8 @@ class _Rehearsal:
         """Before the kexec: what the tables hold, and where each page of the guest lies."""
         platform = self.host.platform
         table = measure.device_table(platform)
+        self.levels = len(table.fmt.levels)
+        self.input_lg2 = table.fmt.input_lg2 - table.fmt.sign_extend
         found = measure.table_leaves(platform, table)
         self.translated = found.extents()
         for a in self.scenario.areas:
@@ -715,8 +717,9 @@ class _Rehearsal:
                 "mapped": s.mapped,
                 "page_size": s.page_size,
                 "format": s.format,
-                "levels": s.levels,
+                "levels": self.levels,
                 "iommu": s.iommu,
+                "mode": s.mode,
                 "devices": o.devices,
                 "files": len(s.files),
                 "areas": len(s.areas),

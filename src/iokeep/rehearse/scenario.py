@@ -7,8 +7,9 @@ A scenario is either a PC of a given size (:func:`pc`) or the guest behind a rea
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,11 @@ from numpy.typing import NDArray
 from iokeep.errors import CapabilityError, UsageError
 from iokeep.mem.ranges import Range, merge, subtract
 from iokeep.pt.extents import PROT_R, PROT_W
+from iokeep.pt.formats.base import Format
+from iokeep.pt.registry import open_format
+from iokeep.rehearse.machine import captured, machine_of
 
 __all__ = [
-    "MSI_WINDOW",
     "GuestArea",
     "GuestFile",
     "Scenario",
@@ -36,8 +39,6 @@ FRAME = 0x1000
 MIB2 = 0x20_0000
 GIB = 1 << 30
 RW = PROT_R | PROT_W
-#: the interrupt window, which no IOAS may map (x86: drivers/iommu/intel/iommu.c, get_resv_regions)
-MSI_WINDOW = Range(0xFEE0_0000, 0xFEEF_FFFF)
 #: end of the guest's low RAM, at most (the PCI hole begins at 3 GiB)
 LOW_LIMIT = 3 * GIB
 HIGH_RAM = 4 * GIB
@@ -114,9 +115,9 @@ class Expected:
 class Scenario:
     """A guest and the host that it runs on.
 
-    :param format: "vtdss" or "x86_64". :param levels: of the IO page tables. :param iommu: "legacy",
-    "scalable-fs" or
-        "scalable-ss". :param quiet: ranges where no device works until a restore has decided.
+    :param format: of the IO page tables. :param iommu: kind of the host's IOMMU. :param mode: how it runs.
+    :param params: what else the kernels are told. :param quiet: ranges where no device works until a restore
+        has decided.
     :param unplugged: areas that are mapped and unmapped again before the update: their emptied tables stay
     linked.
     :param ram_bytes: physical memory of the host. :param expected: leaves that must come out (``like``).
@@ -124,8 +125,9 @@ class Scenario:
 
     name: str
     format: str
-    levels: int
     iommu: str
+    mode: str
+    params: Mapping[str, int]
     files: tuple[GuestFile, ...]
     areas: tuple[GuestArea, ...]
     quiet: tuple[Range, ...]
@@ -188,26 +190,25 @@ def host_bytes(guest: int) -> int:
     return -(-(guest + guest // 64 + HOST_BYTES) // MIB2) * MIB2
 
 
-def _prot(format_name: str, prot: int) -> int:
-    """What the format can say: first-stage tables have no write-only."""
-    return RW if format_name == "x86_64" and prot == PROT_W else prot
+def _between(fmt: Format) -> bool:
+    """The format has leaves larger than 2 MiB and smaller than 1 GiB."""
+    return any(21 < lg2 < 30 for lg2 in fmt.leaf_lg2s)
 
 
 def pc(memory: int, page_size: str = "mixed", format_name: str = "vtdss", seed: int = 0) -> Scenario:
-    """A PC: low RAM with its ROM hole, the PCI hole with a ring and the firmware, RAM above 4 GiB, an alias.
+    """A PC or its like: low RAM, the PCI hole with a ring and the firmware, RAM above 4 GiB, an alias. A PC
+    has a hole in its low RAM; the RAM of Arm and RISC-V begins higher.
 
     :param memory: bytes of RAM, a multiple of 2 MiB, 16 MiB or more. :param page_size: "4K" (random
     frames), "2M"
-        (blocks), "1G" or "mixed" (half in blocks, half in random frames). :param format_name: "vtdss" or
-        "x86_64".
-    :raises UsageError: a size that cannot be.
+        (blocks), "1G" or "mixed" (half in blocks, half in random frames). :param format_name: of
+        :data:`iokeep.rehearse.machine.MACHINES`.
+    :raises UsageError: a size that cannot be, a format without an IOMMU.
     """
     if page_size not in PAGE_SIZES:
         raise UsageError(f"page size {page_size!r}: must be one of {', '.join(PAGE_SIZES)}")
-    if format_name not in ("vtdss", "x86_64"):
-        raise UsageError(
-            f"format {format_name!r}: the IOMMU of the software host is a VT-d", "choose vtdss or x86_64"
-        )
+    machine = machine_of(format_name)
+    fmt = open_format(format_name, {})
     unit = GIB if page_size == "1G" else MIB2
     if memory < MIN_MEMORY or memory % unit:
         raise UsageError(
@@ -216,7 +217,7 @@ def pc(memory: int, page_size: str = "mixed", format_name: str = "vtdss", seed: 
         )
     if memory > 1 << 44:
         raise UsageError(f"memory of {memory:#x} bytes: 16 TiB at most")
-    low = min(memory // 2 // unit * unit, LOW_LIMIT)
+    low = min(memory // 2 // unit * unit, LOW_LIMIT - machine.ram)
     if page_size == "mixed":
         cut = memory // 2 // MIB2 * MIB2
         sizes = [("ram0", cut, f"2m-scattered:{seed}"), ("ram1", memory - cut, f"4k-random:{seed}")]
@@ -252,13 +253,16 @@ def pc(memory: int, page_size: str = "mixed", format_name: str = "vtdss", seed: 
                 areas.append(GuestArea(gpa + first - at, gpa + end - at, index, first - base, RW, role))
             base += size
 
-    if low:
-        ram(0, 0x9_FFFF, 0, "low RAM")
-        ram(0x10_0000, low - 1, 0x10_0000, "low RAM")
+    hole = machine.hole
+    if low and hole is not None:
+        ram(0, hole.start - 1, 0, "low RAM")
+        ram(hole.last + 1, low - 1, hole.last + 1, "low RAM")
+    elif low:
+        ram(machine.ram, machine.ram + low - 1, 0, "low RAM")
     ram(HIGH_RAM, HIGH_RAM + memory - low - 1, low, "high RAM")
     areas.append(GuestArea(ROM_IOVA, ROM_IOVA + ROM_BYTES - 1, rom, 0, PROT_R, "ROM"))
     areas.append(GuestArea(ROM_TOP_IOVA, ROM_TOP_IOVA + ROM_BYTES - 1, rom, 0, PROT_R, "ROM again"))
-    ring_prot = _prot(format_name, PROT_W)
+    ring_prot = PROT_W if fmt.write_only else RW
     areas.append(GuestArea(RING_IOVA, RING_IOVA + RING_BYTES - 1, ring, 0, ring_prot, "ring"))
     top = max((a for a in areas if a.role == "high RAM"), key=lambda a: a.iova)
     areas.append(GuestArea(ALIAS_IOVA, ALIAS_IOVA + MIB2 - 1, top.file, top.offset, RW, "alias"))
@@ -269,11 +273,15 @@ def pc(memory: int, page_size: str = "mixed", format_name: str = "vtdss", seed: 
     for area in areas:
         if area.role.endswith("RAM") and area.length >= 4 * MIB2:
             quiet.append(Range(area.last + 1 - MIB2, area.last))
+    if _between(fmt):
+        # An area by itself, so that no leaf reaches into it from where devices are at work.
+        areas = [piece for area in areas for piece in _cut(area, [r.start for r in quiet])]
     return Scenario(
-        name=f"pc {memory >> 20} MiB",
+        name=f"{machine.guest} {memory >> 20} MiB",
         format=format_name,
-        levels=4,
-        iommu="legacy" if format_name == "vtdss" else "scalable-fs",
+        iommu=machine.iommu,
+        mode=machine.mode,
+        params={},
         files=tuple(files),
         areas=tuple(sorted(areas, key=lambda a: a.iova)),
         quiet=tuple(quiet),
@@ -281,6 +289,15 @@ def pc(memory: int, page_size: str = "mixed", format_name: str = "vtdss", seed: 
         ram_bytes=ram_bytes,
         page_size=page_size,
     )
+
+
+def _cut(area: GuestArea, at: Iterable[int]) -> list[GuestArea]:
+    """The area in pieces that begin at the iovas ``at``, of those that are in it."""
+    starts = sorted({area.iova, *(iova for iova in at if area.iova < iova <= area.last)})
+    return [
+        replace(area, iova=iova, last=end - 1, offset=area.offset + iova - area.iova)
+        for iova, end in pairwise([*starts, area.last + 1])
+    ]
 
 
 def renumber(pa: U64, lg2: U8) -> tuple[U64, int]:
@@ -405,11 +422,11 @@ def _quiet_of(iova: U64, lg2: U8) -> list[Range]:
     return merge(out)
 
 
-def _unplugged_of(areas: list[GuestArea], levels: int, format_name: str) -> tuple[GuestArea, ...]:
+def _unplugged_of(areas: list[GuestArea], fmt: Format, reserved: Sequence[Range]) -> tuple[GuestArea, ...]:
     """An area of one page in a 2 MiB of IOVA where the captured guest has nothing, if there is one."""
-    top = 1 << (12 + 9 * levels - (1 if format_name == "x86_64" else 0))
+    top = 1 << (fmt.input_lg2 - fmt.sign_extend)
     used = [Range(a.iova // MIB2 * MIB2, a.last | (MIB2 - 1)) for a in areas]
-    holes = subtract([Range(MIB2, top - 1)], [*used, MSI_WINDOW])
+    holes = subtract([Range(MIB2, top - 1)], sorted([*used, *reserved]))
     wide = [h for h in holes if h.size >= MIB2]
     if not wide:
         return ()
@@ -420,37 +437,40 @@ def _unplugged_of(areas: list[GuestArea], levels: int, format_name: str) -> tupl
 def like(
     name: str,
     format_name: str,
-    levels: int,
+    config: Mapping[str, object],
     mode: str,
     leaves: tuple[U64, U64, U8, U8],
     source: Mapping[str, object] | None = None,
 ) -> Scenario:
     """The guest behind a real table: the same leaf sizes, scatter, holes and permissions.
 
-    :param leaves: (iova, pa, lg2, prot) arrays sorted by iova. :param mode: the capture's IOMMU mode,
-    "legacy" or
-        "scalable".
-    :raises CapabilityError: a format that the software host's IOMMU does not walk, or too much memory.
+    Leaves in IOVAs that the kernel keeps for itself (MSI doorbells) are none of the guest's, and left out.
+
+    :param config: of the table. :param leaves: (iova, pa, lg2, prot) arrays sorted by iova. :param mode: the
+        capture's IOMMU mode: VT-d's "legacy" or "scalable", or what other captures say.
+    :raises CapabilityError: a table that no IOMMU of the software host walks, or too much memory.
     """
-    if format_name not in ("vtdss", "x86_64"):
-        raise CapabilityError(
-            f"{name}: format {format_name}: the IOMMU of the software host is a VT-d",
-            "choose a capture of vtdss or x86_64",
-        )
-    iova, pa, lg2, prot = leaves
+    machine, own_mode, params = captured(name, format_name, config, mode)
+    fmt = open_format(format_name, config)
+    guests = np.ones(len(leaves[0]), np.bool_)
+    for r in machine.reserved:
+        guests &= (leaves[0] < np.uint64(r.start)) | (leaves[0] > np.uint64(r.last))
+    iova, pa = leaves[0][guests], leaves[1][guests]
+    lg2, prot = leaves[2][guests], leaves[3][guests]
     if not len(iova):
         raise CapabilityError(f"{name}: the table maps nothing, so there is no guest to rehearse")
     if int(np.left_shift(np.int64(1), lg2.astype(np.int64) - 12).sum()) > 1 << 28:
         raise CapabilityError(f"{name}: maps more than 1 TiB")
     moved, end = renumber(pa, lg2)
     page, pfns = file_pages(moved, lg2)
-    areas = areas_of(iova, moved, lg2, prot, page, (12, 21, 30))
+    areas = areas_of(iova, moved, lg2, prot, page, fmt.leaf_lg2s)
     ram_bytes = -(-(end + HOST_BYTES + (len(pfns) * FRAME) // 32) // MIB2) * MIB2
     return Scenario(
         name=f"like {name}",
         format=format_name,
-        levels=levels,
-        iommu="scalable-fs" if format_name == "x86_64" else "scalable-ss" if mode == "scalable" else "legacy",
+        iommu=machine.iommu,
+        mode=own_mode,
+        params=params,
         # The second file is mapped nowhere: something that a mistaken replay can show instead.
         files=(
             GuestFile("ram0", len(pfns) * FRAME, "listed", pfns),
@@ -458,9 +478,9 @@ def like(
         ),
         areas=tuple(areas),
         quiet=tuple(_quiet_of(iova, lg2)),
-        unplugged=_unplugged_of(areas, levels, format_name),
+        unplugged=_unplugged_of(areas, fmt, machine.reserved),
         ram_bytes=ram_bytes,
         page_size="captured",
         expected=Expected(iova, moved, lg2, prot),
-        source=dict(source or {}),
+        source={**(source or {}), "left_out": int(np.count_nonzero(~guests))},
     )

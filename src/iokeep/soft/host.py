@@ -110,16 +110,20 @@ class SoftHost:
         profile: str = "soft-7.3",
         params: Mapping[str, str | int] | None = None,
         *,
+        iommu: str = "vtd",
         progress: Callable[[str], None] | None = None,
     ) -> SoftHost:
         """Build the platform, start the devices and the first kernel; returns when the kernel answers.
 
         :param ram_bytes: physical memory, a multiple of 4096. :param params: the kernel's command line.
+        :param iommu: kind of its IOMMU ("vtd", "amd", "smmuv3", "riscv").
         :param progress: told in a few words what takes time (the first compile of the DMA engine does).
         :raises HostError: a process ended early or is not ready in time; everything is stopped then.
         """
         say = progress or (lambda text: None)
-        host = cls(Platform.create(ram_bytes, n_devices), Path(tempfile.mkdtemp(prefix="iokeep-host-")))
+        host = cls(
+            Platform.create(ram_bytes, n_devices, iommu=iommu), Path(tempfile.mkdtemp(prefix="iokeep-host-"))
+        )
         atexit.register(host.stop)
         try:
             say(f"starting {n_devices} devices and kernel {profile}")

@@ -41,7 +41,7 @@ class LocalHost:
     :ivar kernel: the running kernel: tests may look into it while no call is under way.
     :ivar carrier: its live-update half.
 
-    :param devices: False: no DMA engine is made (and Numba is not imported).
+    :param devices: False: no DMA engine is made (and Numba is not imported). :param iommu: kind of the IOMMU.
     """
 
     def __init__(
@@ -52,8 +52,9 @@ class LocalHost:
         params: Mapping[str, str | int] | None = None,
         *,
         devices: bool = True,
+        iommu: str = "vtd",
     ) -> None:
-        self.platform = Platform.create(ram_bytes, n_devices)
+        self.platform = Platform.create(ram_bytes, n_devices, iommu=iommu)
         self.directory = Path(tempfile.mkdtemp(prefix="iokeep-local-"))
         self.engines: list[DmaEngine] = []
         self._turning = threading.RLock()
