@@ -54,7 +54,7 @@ def test_no_spec():
         ["--memory", "lots"],
         ["--memory", "1M"],
         ["--page-size", "8K"],
-        ["--format", "amdv1"],
+        ["--format", "s390_zpci"],
         ["--devices", "0"],
         ["--devices", "99"],
         ["--policy", "hope"],

@@ -42,15 +42,15 @@ class Machine:
     params: tuple[str, ...] = ("levels",)
 
 
-_ARM = ("input_bits", "output_bits", "start_level")
+_SIZES = ("input_bits", "output_bits")
 #: format -> machine. RAM of QEMU's virt machines begins at 1 GiB (Arm) and 2 GiB (RISC-V).
 MACHINES: Mapping[str, Machine] = MappingProxyType(
     {
         "vtdss": Machine("pc", "vtd", "legacy", 0, _VGA_AND_ROM, (_X86_MSI,)),
         "x86_64": Machine("pc", "vtd", "scalable-fs", 0, _VGA_AND_ROM, (_X86_MSI,)),
         "amdv1": Machine("pc", "amd", "v1", 0, _VGA_AND_ROM, (_X86_MSI, _AMD_HT)),
-        "arm_lpae_s1": Machine("virt", "smmuv3", "stage-1", GIB, None, (_ARM_MSI,), _ARM),
-        "arm_lpae_s2": Machine("virt", "smmuv3", "stage-2", GIB, None, (_ARM_MSI,), _ARM),
+        "arm_lpae_s1": Machine("virt", "smmuv3", "stage-1", GIB, None, (_ARM_MSI,), _SIZES),
+        "arm_lpae_s2": Machine("virt", "smmuv3", "stage-2", GIB, None, (_ARM_MSI,), (*_SIZES, "start_level")),
         "riscv64": Machine("virt", "riscv", "first-stage", 2 * GIB, None, ()),
     }
 )
