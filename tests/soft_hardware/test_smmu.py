@@ -451,6 +451,31 @@ def test_events_of_walks(machine, stage):
     assert (event.code, event.cls, event.ipa) == (FaultReason.F_WALK_EABT, expected, 0)
 
 
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda item: item & ~(1 << 10), FaultReason.F_ACCESS),
+        (lambda item: item & ~2, FaultReason.F_TRANSLATION),  # a block at level 3
+        (lambda item: item | 1 << 47, FaultReason.F_ADDR_SIZE),  # 44 bits are the output size
+        (lambda item: item, FaultReason.F_PERMISSION),
+    ],
+)
+def test_events_say_what_is_wrong_with_the_descriptor(machine, stage, change, reason):
+    m = machine(stage, input_bits=44, output_bits=44)
+    m.map(IOVA, 0x400000, 4096, prot=1)
+    _, pa, item = walk(m.fmt, m.ram, m.table.root_pa, IOVA).steps[-1]
+    m.ram.store64(pa, change(item))
+    assert FrontEnd(m.platform, 0).translate(IOVA, True)[0] is None
+    event = m.event(0)
+    assert (event.code, event.iova, event.read) == (reason, IOVA, False)
+    # A table that has changed since, or is gone, leaves the outcome of the walk.
+    for change_again in (lambda: m.ram.store64(pa, 0), lambda: m.put(m.ste(), smmu.ste_abort())):
+        change_again()
+        m.regs.record_faults(0, [Fault(int(FaultReason.F_PERMISSION), IOVA, 2, r.STAGE_1)], 0)
+        assert m.event(m.recorded - 1).code == FaultReason.F_PERMISSION
+
+
 @pytest.mark.parametrize(
     ("stage", "offset", "word", "reason"),
     [

@@ -322,6 +322,18 @@ def test_msi_window_is_reserved(kernel, c, fd):
     c.map_file(fd, ioas, m, 0, 4096, 0x0810_0000)
 
 
+def test_more_devices_than_a_page_of_the_stream_table_has():
+    kernel = boot(40)
+    c = Caller(kernel)
+    fd = c.iommu()
+    ioas = c.ioas(fd)
+    for i in (0, 3, 4, 30, 39):
+        attached(c, fd, ioas, i)
+    assert sum(r is not None for r in roots(kernel)) == 5
+    assert len(kernel.iommu._at.streams) == 4
+    settled(kernel)
+
+
 # -- inheritance ---------------------------------------------------------------------------------------------
 def successor(kernel):
     """Another driver on the machine as the kernel left it."""

@@ -17,9 +17,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from iokeep.errors import InputError
+from iokeep.pt.formats.base import Format
+from iokeep.pt.registry import open_format
 from iokeep.pt.roots import base, smmu
 from iokeep.pt.roots.base import RootFault
 from iokeep.pt.roots.smmu import FaultReason
+from iokeep.pt.walk import walk
 from iokeep.soft.hardware.unit import (
     ANY,
     FE_OVERFLOW,
@@ -92,8 +96,7 @@ VMID_SHIFT, STAGE_SHIFT = 16, 32
 ASID_MASK, VMID_MASK, STAGE_MASK = 0xFFFF, 0xFFFF << VMID_SHIFT, 3 << STAGE_SHIFT
 STAGE_1, STAGE_2 = 1 << STAGE_SHIFT, 2 << STAGE_SHIFT
 _SID_MASK = (1 << 32) - 1
-#: of a walk's outcomes: W_ACCESS, W_NOT_PRESENT, W_RESERVED, W_DENIED, W_WIDTH. What is reserved in a
-#: descriptor that the type says is valid is an address beyond the output size.
+#: of a walk's outcomes: W_ACCESS, W_NOT_PRESENT, W_RESERVED, W_DENIED, W_WIDTH; the item says more exactly
 _CODES = (
     int(FaultReason.F_WALK_EABT),
     int(FaultReason.F_TRANSLATION),
@@ -282,7 +285,7 @@ class SmmuUnit(Unit):
         """See Unit: into the event queue (7.2.1); a full queue overflows (7.4)."""
         lost = dropped
         for fault in faults:
-            reason = _REASONS[fault.code]
+            reason = self._exactly(requester_id(index), fault)
             if reason <= smmu.EVT_ID:
                 lost += not self._put_event(smmu.event_words(self._event(requester_id(index), reason, fault)))
         if lost and self._get(CR0) & CR0_EVENTQEN:
@@ -290,6 +293,25 @@ class SmmuUnit(Unit):
             prod, cons = self._get(EVENTQ_PROD), self._get(EVENTQ_CONS)
             if not (prod ^ cons) & OVERFLOW:
                 self._put(EVENTQ_PROD, prod ^ OVERFLOW)
+
+    def _exactly(self, sid: int, fault: Fault) -> FaultReason:
+        """What the item that ended a walk says more exactly than the walk's outcome: an access flag of 0 goes
+        before the permissions, and what is no valid descriptor before its address. Of a table that has
+        changed since, the outcome.
+        """
+        reason = _REASONS[fault.code]
+        if reason not in (FaultReason.F_PERMISSION, FaultReason.F_ADDR_SIZE):
+            return reason
+        try:
+            context = self.look_up(sid)
+            for table in (context.table, context.upper):
+                fmt = open_format(table.format, table.config) if table is not None else None
+                if table is not None and fmt is not None and fmt.covers(fault.iova):
+                    level, _, item = walk(fmt, self.ram, table.root_pa, fault.iova).steps[-1]
+                    return _reason_of(reason, fmt, level, item)
+        except InputError:
+            pass
+        return reason
 
     @staticmethod
     def _event(sid: int, reason: FaultReason, fault: Fault) -> smmu.Event:
@@ -369,6 +391,18 @@ class SmmuUnit(Unit):
         if op < smmu.Op.TLBI_NH_ALL or op == smmu.Op.SYNC:
             return Invalidation()
         return Invalidation(tlb=(_owners(command), command.start, command.last))
+
+
+def _reason_of(reason: FaultReason, fmt: Format, level: int, item: int) -> FaultReason:
+    spec = fmt.levels[level]
+    if not spec.is_present(item):
+        return reason
+    leaf = spec.is_leaf(item)
+    if reason == FaultReason.F_PERMISSION:
+        flagged = fmt.config["hw_access"] or item & dict(spec.named)["accessed"]
+        return reason if flagged or not leaf else FaultReason.F_ACCESS
+    reserved = spec.leaf_reserved if leaf else spec.table_reserved
+    return reason if item & reserved else FaultReason.F_TRANSLATION
 
 
 def _owners(command: smmu.Command) -> Match:

@@ -105,9 +105,9 @@ class Smmu(Iommu):
     """The SMMUv3 of the platform.
 
     Parameters of the kernel: ``iommu`` = stage-1 or stage-2; ``granule`` = 4K (default), 16K or 64K;
-    ``input_bits`` (default 48) and ``output_bits`` (default: what the SMMU has) of the tables; ``start_level``
-    of stage 2, as Arm counts (default: what Linux makes of the sizes). A domain id is an ASID and a VMID at
-    once: whichever the domain's stage has.
+    ``input_bits`` (default 48) and ``output_bits`` (default: what the SMMU has) of the tables;
+    ``start_level`` of stage 2, as Arm counts (default: what Linux makes of the sizes). A domain id is an ASID
+    and a VMID at once: whichever the domain's stage has.
     """
 
     NAME = "SMMUv3"
