@@ -178,7 +178,8 @@ def test_everything_without_compilation():
     """The suite of this package passes as plain Python, too."""
     if os.environ.get("NUMBA_DISABLE_JIT"):
         pytest.skip("this is that run")
-    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("engine", "iommu", "dma")]
+    names = ("engine", "walker", "unit", "iommu", "dma")
+    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     env = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
     out = subprocess.run(command, env=env, capture_output=True, text=True, check=False)

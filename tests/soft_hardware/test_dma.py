@@ -185,7 +185,7 @@ def test_wrong_owner_is_misdirected_and_the_damage_is_done(rig):
     assert x.m.ram.read(victim, PAGES << 12).count(engine.STAMP_MAGIC.to_bytes(8, "little")) > 0
     i = bar.read_incidents(x.window)[0]
     assert (i.kind, i.expected_tag, i.found_tag) == (bar.INCIDENT_TAG, TAG, 0x99)
-    assert f"{i.pa:#x}" in i.text
+    assert f"{i.pa:#x}" in i.text(x.m.regs.fault_text)
 
 
 def test_freed_frame_is_misdirected(rig):

@@ -5,6 +5,7 @@ import lzma
 import mmap
 import os
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from iokeep.errors import MemoryAbsent
 from iokeep.mem.capture import Capture
 from iokeep.mem.ram import Ram
 from iokeep.pt.extents import Extents
+from iokeep.pt.formats.base import LevelSpec
 from iokeep.pt.registry import open_format
 from iokeep.pt.tables import table_pages
 from iokeep.pt.walk import walk
@@ -35,6 +37,9 @@ CONFIGS = [
     ("amdv1", {"levels": 5, "c_bit": 47}),
     *(("riscv64", {"levels": n, "stage": stage}) for n in (3, 4, 5) for stage in (1, 2)),
     ("riscv64", {"levels": 3, "svnapot": 0, "svpbmt": 0, "hardware_ad": 0, "output_bits": 44}),
+    ("riscv64", {"levels": 4, "hardware_ad": 1}),
+    ("arm_lpae_s1", {"quirks": "0x80"}),
+    ("arm_lpae_s2", {"granule": 4096, "input_bits": 40, "output_bits": 40, "hw_dirty": 1}),
     ("arm_lpae_s1", {"granule": 4096, "input_bits": 39, "output_bits": 40, "ttbr": 1}),
     ("arm_lpae_s1", {"granule": 4096, "input_bits": 48, "output_bits": 48}),
     ("arm_lpae_s1", {"granule": 16384, "input_bits": 48, "output_bits": 48}),
@@ -180,6 +185,63 @@ def test_two_tables(data):
                     want = expected(one, ram, pa, at, 1)
             assert compiled(ram.words, walker, at, 1) == want
         assert not any(fmt.covers(x) and other.covers(x) for x in (iova, 0, ALL))
+
+
+#: what of a level a walk goes by; and what is for building, comparing and printing
+WALKED = [
+    "shift",
+    "index_bits",
+    "leaf",
+    "table",
+    "valid_mask",
+    "leaf_mask",
+    "leaf_value",
+    "table_pa_mask",
+    "leaf_pa_mask",
+    "r_mask",
+    "r_value",
+    "w_mask",
+    "w_value",
+    "tr_mask",
+    "tr_value",
+    "tw_mask",
+    "tw_value",
+    "leaf_reserved",
+    "table_reserved",
+    "valid_values",
+    "leaf_values",
+    "leaf_bad",
+    "table_bad",
+    "pa_shift",
+    "pa_pieces",
+    "next_levels",
+    "contig",
+    "contig_select",
+    "w_values",
+    "invert",
+]
+NOT_WALKED = [
+    "leaf_ignored",
+    "table_ignored",
+    "leaf_base",
+    "table_base",
+    "prot_bits",
+    "leaf_attrs",
+    "leaf_attrs_value",
+    "table_attrs",
+    "table_attrs_value",
+    "occupied_mask",
+    "build_lg2s",
+    "memory",
+    "named",
+    "table_named",
+    "keep_bit",
+]
+
+
+def test_the_walker_knows_all_that_a_format_can_say():
+    """A new field of LevelSpec has to be thought about here, and in engine.walker()."""
+    assert {f.name for f in fields(LevelSpec)} == {*WALKED, *NOT_WALKED}
 
 
 def test_what_is_no_such_format():

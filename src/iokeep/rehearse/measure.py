@@ -154,5 +154,6 @@ def incidents(platform: Platform, limit: int = 8) -> list[dict[str, Any]]:
     out = []
     for i in range(platform.n_devices):
         for one in bar.read_incidents(platform.bars[i])[:limit]:
-            out.append({"device": i, "step": one.step, "iova": f"{one.iova:#x}", "text": one.text})
+            text = one.text(platform.iommu.fault_text)
+            out.append({"device": i, "step": one.step, "iova": f"{one.iova:#x}", "text": text})
     return out

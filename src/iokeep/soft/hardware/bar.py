@@ -14,7 +14,7 @@ over the memory of the platform.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple, Protocol
 
@@ -250,16 +250,17 @@ class Incident:
     expected_sequence: int
     found_sequence: int
 
-    @property
-    def text(self) -> str:
-        """One line for a person."""
+    def text(self, fault_text: Callable[[int], str]) -> str:
+        """One line for a person; ``fault_text`` is that of the IOMMU."""
         what = INCIDENT_TEXT.get(self.kind, f"incident {self.kind}")
         where = (
             f"iova {self.iova:#x} -> pa {self.pa:#x}"
             if self.kind != INCIDENT_FAULT
             else f"iova {self.iova:#x}"
         )
-        return f"step {self.step}: {what}: {where}, reason {self.reason:#x}, tag {self.found_tag:#x}, " + (
+        if self.kind == INCIDENT_FAULT:
+            what += f" {self.reason:#x} ({fault_text(self.reason)})"
+        return f"step {self.step}: {what}: {where}, tag {self.found_tag:#x}, " + (
             f"expected {self.expected_tag:#x}, slot {self.slot}, sequence {self.found_sequence}, "
             f"expected {self.expected_sequence}"
         )

@@ -82,9 +82,9 @@ MAX_LEVELS = 6
 _N = len(base.COLUMNS)
 (
     L_RULES, L_INVERT, L_PA_SHIFT, L_SELECT_MASK, L_SELECT_VALUE,
-    L_VALID, L_LEAF, L_LEAF_BAD, L_TABLE_BAD, L_NEXT, L_PIECES, L_RUNS, L_END,
-) = range(_N, _N + 13)  # fmt: skip
-ROW_WORDS = _N + 13
+    L_VALID, L_LEAF, L_LEAF_BAD, L_TABLE_BAD, L_NEXT, L_PIECES, L_WRITES, L_RUNS, L_END,
+) = range(_N, _N + 14)  # fmt: skip
+ROW_WORDS = _N + 14
 ROWS_AT = 2 * HEAD_WORDS
 RULES_AT = ROWS_AT + 2 * MAX_LEVELS * ROW_WORDS
 # A rule: mask and value; of L_PIECES mask and shift; L_NEXT adds the level; L_RUNS adds log2 of the items,
@@ -178,7 +178,7 @@ def any_of(w, first, last, item):
 def pa_of(w, f, item, mask):
     """The pa that an item says (LevelSpec.pa_shift and pa_pieces)."""
     pa = (item & mask) << w[f + L_PA_SHIFT]
-    for at in range(np.int64(w[f + L_PIECES]), np.int64(w[f + L_RUNS]), RULE_WORDS):
+    for at in range(np.int64(w[f + L_PIECES]), np.int64(w[f + L_WRITES]), RULE_WORDS):
         pa = pa | ((item & w[at + U_MASK]) << w[at + U_VALUE])
     return pa
 
@@ -282,7 +282,10 @@ def walk(ram, w, prot, iova, need):
                 pa = (item & w[f + base.LEAF_PA_MASK]) | (iova & ((_1 << shift) - _1))
             if item & w[f + base.R_MASK] != w[f + base.R_VALUE]:
                 rights = rights & _2
-            if item & w[f + base.W_MASK] != w[f + base.W_VALUE]:
+            if ruled and w[f + L_WRITES] != w[f + L_RUNS]:
+                if any_of(w, w[f + L_WRITES], w[f + L_RUNS], item) == _0:
+                    rights = rights & _1
+            elif item & w[f + base.W_MASK] != w[f + base.W_VALUE]:
                 rights = rights & _1
             if rights & need != need:
                 return _W_DENIED, _0, lg2, rights
@@ -589,6 +592,7 @@ def _rules(number: int, spec: base.LevelSpec) -> list[list[tuple[int, ...]]]:
         spec.table_bad,
         spec.next_levels,
         spec.pa_pieces,
+        spec.w_values,
     )
     return [*([tuple(pair) for pair in some] for some in pairs), runs]
 

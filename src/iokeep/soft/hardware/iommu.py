@@ -11,6 +11,7 @@ that an invalidation could concern, so that the queue does not wait for it.
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 
@@ -35,6 +36,8 @@ from iokeep.soft.hardware.unit import (
     Match,
 )
 
+#: bursts have their faults recorded no more often than this (ns): a device may fault at full speed
+RECORD_NS = 1_000_000
 #: walkers kept by a front-end for tables that it has used
 _WALKERS = 64
 
@@ -64,6 +67,7 @@ class FrontEnd:
         self.unit = np.zeros(engine.UNIT_WORDS, np.uint64)
         self.pending = np.zeros((engine.PENDING, 4), np.uint64)
         self.tlb = np.zeros((4, engine.TLB_ENTRIES), np.uint64)
+        self._record_next = 0
         self.busy = threading.RLock()
         self._queue = self.iommu.queue
         self._behind = False  # IQH_REG is still to be moved after descriptors consumed here
@@ -133,10 +137,17 @@ class FrontEnd:
         return made
 
     def record(self, *, wait: bool = False) -> None:
-        """Have the pending faults recorded; if somebody else holds the lock, not ``wait`` leaves them."""
+        """Have the pending faults recorded.
+
+        Without ``wait`` they stay for a later call while somebody else holds the lock, or if the last were
+        recorded less than RECORD_NS ago.
+        """
         e, unit = self._engine, self.unit
         count, dropped = int(unit[e.P_COUNT]), int(unit[e.P_DROPPED])
         if not count and not dropped:
+            return
+        now = time.perf_counter_ns()
+        if now < self._record_next and not wait:
             return
         with self.platform.lock.held() if wait else self.platform.lock.tried() as held:
             if held is False:
@@ -144,6 +155,7 @@ class FrontEnd:
             faults = [Fault(*row) for row in self.pending[:count].tolist()]
             self.iommu.record_faults(self.index, faults, dropped)
         unit[e.P_COUNT] = unit[e.P_DROPPED] = np.uint64(0)
+        self._record_next = now + RECORD_NS
 
     def translate(self, iova: int, write: bool) -> tuple[int | None, int]:
         """Translate one request: (pa, 0), or (None, fault code); engine.UNTRANSLATED: translation is off.
@@ -178,6 +190,7 @@ class FrontEnd:
         Between two bursts no DMA is in flight, which is the drain that the descriptors ask for.
         """
         with self.busy:
+            self.record()
             page, queue, iommu = self.page, self._queue, self.iommu
             if not page[FE_ONLINE]:
                 return 0
