@@ -183,3 +183,29 @@ def test_held_where_no_record_can_be_believed(host):
     pages = host.kernel.iommu.structure_pages()
     assert int(pages[0]) == amd.device_table_pa(register)
     assert np.all(host.kernel.frames.tags[(pages >> np.uint64(12)).astype(np.int64)] != 0)
+
+
+@pytest.mark.parametrize("swept", [False, True])
+def test_growth_of_a_table_that_is_not_proved_yet(host, swept):
+    guest = Guest(host).start().preserve()
+    new = guest.kexec(params={"sweep_rate": 0}).retrieve()
+    new.adopt(deferred=True)
+    proof = next(d for d in host.kernel.iommu.domains.values() if d.proof).proof
+    new.ioas.map_file(new.memfd, 0, 2 * MIB, iova=TIB)
+    assert proof.pending
+    assert entries(host)[0][0] == 4
+    new.areas = (*AREAS, (TIB, 2 * MIB, 0, 3))
+    new.work()
+    host.run()
+    clean(host, transactions=False)
+    if swept:
+        while proof.tick(1 << 16):
+            pass
+        assert not proof.pending
+    host.stop_device(0)
+    assert new.ioas.unmap(TIB, 2 * MIB) == 2 * MIB
+    assert not proof.quarantined
+    new.session.finish()
+    new.exit()
+    nothing_left(host)
+    assert host.kernel.warnings == 0
