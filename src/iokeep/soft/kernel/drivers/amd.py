@@ -42,17 +42,24 @@ if TYPE_CHECKING:
 #: command buffer and event log have 2**order frames: 512 entries (CMD_BUFFER_SIZE, EVT_BUFFER_SIZE)
 BUFFER_ORDER = 1
 _BUFFER_LEN = (FRAME_BYTES << BUFFER_ORDER).bit_length() - 1 - 4 << reg.BUF_LEN_SHIFT
+_COMMAND_EVENTS = (codec.FaultReason.ILLEGAL_COMMAND_ERROR, codec.FaultReason.COMMAND_HARDWARE_ERROR)
 #: MAX_DOMAIN_ID
 DOMAIN_IDS = 1 << 16
 
 
 class CommandBuffer(CommandQueue):
-    """The command buffer (specification 2.4; iommu_queue_command_sync, iommu_completion_wait)."""
+    """The command buffer (specification 2.4; iommu_queue_command_sync, iommu_completion_wait).
 
-    def __init__(self, unit: Unit, frames: FrameAllocator, pump: Callable[[], None] | None) -> None:
+    :param why: what the event log says of a command. The other parameters as the base has them.
+    """
+
+    def __init__(
+        self, unit: Unit, frames: FrameAllocator, pump: Callable[[], None] | None, why: Callable[[], str]
+    ) -> None:
         super().__init__(
             AmdVi.NAME, unit, frames, command_bytes=codec.COMMAND_BYTES, order=BUFFER_ORDER, pump=pump
         )
+        self._why = why
 
     def program(self) -> None:
         """Set the buffer up in fresh frames; one that an earlier kernel left is stopped already."""
@@ -73,7 +80,7 @@ class CommandBuffer(CommandQueue):
         self.unit.write32(reg.MMIO_CMD_TAIL, tail % self.entries * self.command_bytes)
 
     def _error(self) -> str:
-        return "" if self._running else "the IOMMU fetches no commands any more"
+        return "" if self._running else f"the IOMMU fetches no commands any more: {self._why()}"
 
     def _state(self) -> str:
         return f"{super()._state()}, command head {self.unit.read32(reg.MMIO_CMD_HEAD):#x}"
@@ -139,7 +146,7 @@ class AmdVi(Iommu):
             frames.put(pfns_of(np.array(spare, np.uint64)))
         else:
             self._new_table()
-        self._queue = CommandBuffer(self.regs, frames, self._pump)
+        self._queue = CommandBuffer(self.regs, frames, self._pump, self._bad_command)
         self._queue.program()
         self._log_pa = self._pages(1 << BUFFER_ORDER)
         self.regs.write64(reg.MMIO_EVT_BUF, self._log_pa | _BUFFER_LEN)
@@ -152,6 +159,21 @@ class AmdVi(Iommu):
         self._queue.submit([codec.invalidate_iommu_all()])
         since = "translating since before the kexec" if self._inherited is not None else self.fmt.name
         self.kernel.log(f"{self.NAME}: {since}, device table {self._table_pa:#x}")
+
+    def _bad_command(self) -> str:
+        """The last event of a command in the log (iommu_print_event)."""
+        ram, size = self.kernel.frames.ram, FRAME_BYTES << BUFFER_ORDER
+        head, tail = self.regs.read32(reg.MMIO_EVT_HEAD), self.regs.read32(reg.MMIO_EVT_TAIL)
+        while tail != head:
+            tail = (tail - codec.EVENT_BYTES) % size
+            words = ram.load64(self._log_pa + tail), ram.load64(self._log_pa + tail + 8)
+            try:
+                event = codec.decode_event(words)
+            except ValueError as error:
+                return f"the event log is damaged: {error}"
+            if event.code in _COMMAND_EVENTS:
+                return f"{event.code.name} at pa {event.address:#x}"
+        return "no event says why"
 
     def _new_table(self) -> None:
         """A device table for all requester ids that there are, all of them blocked. An IOMMU that another
