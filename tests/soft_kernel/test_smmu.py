@@ -17,6 +17,7 @@ from iokeep.soft.hardware.platform import Platform
 from iokeep.soft.hardware.units import smmu as reg
 from iokeep.soft.kernel.builtin import install
 from iokeep.soft.kernel.drivers.smmu import Smmu
+from iokeep.soft.kernel.frames import Kind
 from iokeep.soft.kernel.iommu import Inherited
 from iokeep.soft.kernel.kernel import Kernel
 from iokeep.soft.kernel.klog import Klog
@@ -223,6 +224,25 @@ def test_hardware_never_sees_a_gap_at_replace(kernel, c, fd, monkeypatch):
     assert (owner(cold), owner(warm)) == (1, 1)
 
 
+@pytest.mark.parametrize("blocked", [False, True])
+def test_an_id_that_is_used_again_finds_nothing_of_the_old_domain(kernel, c, fd, blocked):
+    ioases = [c.ioas(fd) for _ in range(3)]
+    files = [c.memfd(size=MIB) for _ in ioases]
+    for ioas, file in zip(ioases, files, strict=True):
+        c.map_file(fd, ioas, file, 0, MIB, IOVA)
+    fe = frontend(kernel)
+    v, _ = attached(c, fd, ioases[0])
+    number = kernel.iommu.devices[0].domain.domain_id
+    assert fe.translate(IOVA, True)[0] is not None
+    if blocked:
+        c.detach(v)
+    else:
+        c.attach(v, ioases[1])
+    c.attach(v, ioases[2])
+    assert kernel.iommu.devices[0].domain.domain_id == number
+    assert kernel.platform.tags[fe.translate(IOVA, True)[0] >> 12] == c.fstat(files[2])[0]
+
+
 def test_no_memory_for_a_replace_changes_nothing(kernel, c, fd, monkeypatch):
     from iokeep.soft.kernel.frames import OutOfMemory
 
@@ -362,6 +382,17 @@ def test_inherits_what_hardware_uses(kernel, c, fd):
     assert fe.translate(IOVA, True) == pa
     assert kernel.audit().allocated == before + 3  # a queue, its status page, the event queue
     # It goes on where the old one was: put its frames where they were.
+    kernel.frames.put(np.append(old._queue.pfns, np.int64(old._events_pa >> 12)))
+    old._queue, old._events_pa = heir._queue, heir._events_pa
+
+
+def test_pages_that_lead_nowhere_are_freed(kernel, c, fd):
+    attached(c, fd, c.ioas(fd))
+    old, spare = kernel.iommu, kernel.iommu._pages()
+    heir = Smmu(kernel)
+    heir.inherit(Inherited(old.root_register, np.append(old.structure_pages(), np.uint64(spare))))
+    heir.start()
+    assert kernel.frames.kind[spare >> 12] == Kind.FREE
     kernel.frames.put(np.append(old._queue.pfns, np.int64(old._events_pa >> 12)))
     old._queue, old._events_pa = heir._queue, heir._events_pa
 
