@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iokeep.pt import sweep
 from iokeep.pt.diff import diff
 from iokeep.pt.extents import Extents
 from iokeep.pt.layout import kernel_layout, table_layout
@@ -186,13 +185,6 @@ def test_both_sweeps_and_a_damaged_item(formats, new_table, data, want, seed, sm
     assert verdicts[0].equal == bool(fmt.levels[level].leaf_ignored >> bit & 1)
     for m in verdicts[0].mismatches:
         assert m.iova <= iova <= m.last or fmt.levels[level].shift > 12
-
-
-def test_sweep_signatures_have_no_float_or_signed_word():
-    """uint64 mixed with int64 silently becomes float64 in Numba."""
-    for kernel in (sweep._plain_tables, sweep._mixed_tables):
-        for signature in getattr(kernel, "nopython_signatures", []):
-            assert "float" not in str(signature)
 
 
 def test_diff_translation_and_layout_apart(new_table, fmt):

@@ -21,8 +21,9 @@ class RamRows:
 
     def index(self, pas: U64) -> I64:
         """See :meth:`iokeep.mem.memory.Rows.index`."""
-        rows = pas // np.uint64(self.row_bytes)
-        return np.where(rows < np.uint64(len(self.data)), rows, np.uint64(2**64 - 1)).astype(np.int64)
+        rows: I64 = (pas >> np.uint64(self.row_bytes.bit_length() - 1)).view(np.int64)
+        rows[rows >= len(self.data)] = -1
+        return rows
 
 
 class Ram:

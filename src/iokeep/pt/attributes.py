@@ -20,7 +20,7 @@ from iokeep.mem.memory import I64, U8, U64, Memory
 from iokeep.pt.compare import Spans, clip
 from iokeep.pt.extents import Extents
 from iokeep.pt.formats.base import CACHE, MMIO, TERMS, Bits, Format
-from iokeep.pt.leaves import Leaves
+from iokeep.pt.leaves import Leaves, upper_within
 from iokeep.pt.tables import ATTRS, Items, Problems, TableMemory, descend, expand
 
 _ONE = np.uint64(1)
@@ -115,8 +115,9 @@ class Traits:
         return cls(iova[first], last[end], *(c[first] for c in columns[2:]))
 
 
-def table_traits(fmt: Format, mem: Memory, root_pa: int) -> Traits:
-    """The traits of a table; what is absent or in a loop has none.
+def table_traits(fmt: Format, mem: Memory, root_pa: int, start: int = 0, last: int | None = None) -> Traits:
+    """The traits of the tables that touch the IOVAs [start, last] (None = to the end of the space); what is
+    absent or in a loop has none.
 
     :raises MemoryAbsent: the root is absent.
     """
@@ -132,7 +133,10 @@ def table_traits(fmt: Format, mem: Memory, root_pa: int) -> Traits:
         one = Traits(leaves.iova, leaves.last, items.lg2, items.level, word, said, alive, kept)
         return Traits.join([one])
 
-    upper = descend(tm, root_pa)
+    if start == 0 and last is None:
+        upper = descend(tm, root_pa)
+    else:
+        upper = upper_within(tm, root_pa, start, 2**64 - 1 if last is None else last)
     parts = [of(upper.leaves)] if len(upper.leaves) else []
     for items, _ in expand(tm, upper.base, upper.pa, upper.row, upper.prot):
         parts.append(of(items))

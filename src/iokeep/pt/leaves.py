@@ -10,7 +10,7 @@ import numpy as np
 from iokeep.mem.memory import Memory
 from iokeep.pt.extents import U8, U64, Extents
 from iokeep.pt.formats.base import Format
-from iokeep.pt.tables import Items, Problems, TableMemory, descend, expand, raise_unreadable
+from iokeep.pt.tables import Items, Problems, TableMemory, Upper, descend, expand, raise_unreadable
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,26 @@ def raw_ranges(fmt: Format, start: int, last: int | None) -> list[tuple[int, int
     if end >= high:
         out.append((max(start, high) - high + half, end - high + half))
     return [(a, b) for a, b in out if a <= b]
+
+
+def upper_within(tm: TableMemory, root_pa: int, start: int, last: int) -> Upper:
+    """Everything above the tables of level 0 that touches the IOVAs [start, last].
+
+    :raises MemoryAbsent, InputError: as ``descend``.
+    """
+    parts = [descend(tm, root_pa, a, b) for a, b in raw_ranges(tm.fmt, start, last)]
+    if len(parts) == 1:
+        return parts[0]
+    tm.root(root_pa)
+    leaves = Items.join([part.leaves for part in parts])
+    problems = Problems.join([part.problems for part in parts])
+    columns = [
+        np.concatenate([np.zeros(0, np.uint64), *(getattr(p, c) for p in parts)]) for c in ("base", "pa")
+    ]
+    row = np.concatenate([np.zeros(0, np.int64), *(p.row for p in parts)])
+    prot = np.concatenate([np.zeros(0, np.uint8), *(p.prot for p in parts)])
+    pages = [np.concatenate(same) for same in zip(*(p.pages for p in parts), strict=True)]
+    return Upper(leaves, columns[0], columns[1], row, prot, problems, pages)
 
 
 def leaf_items(

@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sweep of ``verify`` compiled: the only module of this room that imports Numba, and only for big tables.
+"""The sweep of ``verify`` compiled; imported only for big tables: Numba takes longer to start than small
+ones to read.
+
+One set of kernels serves every format whose items of level 0 are 64-bit little-endian words with the OA in
+one piece: masks are arguments. Each table of level 0 gets a *plan* (which expected extents meet it, and the
+word that its first item must be); the plans are put in the order in which the tables lie in memory, and then
+the tables are swept: scattered tables cost three times as much in the order of their IOVAs.
 
 Every value is uint64 by construction (module constants, typed arrays): uint64 mixed with any signed integer
 silently becomes float64 or int64 in Numba. Loop indices are int64 and only index. ``NUMBA_DISABLE_JIT=1``
@@ -8,34 +14,133 @@ runs the same code as plain Python.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from iokeep.mem.memory import I64, U8, U64
 from iokeep.pt.extents import Extents
-from iokeep.pt.tables import TableMemory
+from iokeep.pt.formats.base import LevelSpec
+from iokeep.pt.kernels import compiled, in_memory_order, over_threads
+from iokeep.pt.tables import TableMemory, Upper
 
 _ZERO = np.uint64(0)
 _ONE = np.uint64(1)
+_THREE = np.uint64(3)
+_MAX = 2**64 - 1
+#: beyond so many gaps between extents that are checked already, all are checked at once
+_MANY = 64
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """njit with an on-disk cache, or without one where no place is writable."""
-    try:
-        return njit(cache=True, nogil=True)(function)
-    except RuntimeError:
-        return njit(nogil=True)(function)
-
-
-@_compiled
-def _plain_tables(
-    items: U64, row: I64, kind: U8, word: U64, step: np.uint64, care: np.uint64, valid: np.uint64, out: U8
+@compiled
+def _plan(
+    base: U64,
+    above: U8,
+    span: np.uint64,
+    e_iova: U64,
+    e_last: U64,
+    e_pa: U64,
+    e_prot: U8,
+    perms: U64,
+    small: np.uint64,
+    outside: np.uint64,
+    lg2: np.uint64,
+    pa_shift: np.uint64,
+    first: I64,
+    after: I64,
+    kind: U8,
+    word: U64,
+    counts: I64,
 ) -> None:
-    """Tables of kind 0 (nothing expected) and 1 (one run): out[t] = 1 where proved."""
+    """Per table, in order of IOVA: the extents ``first`` ... ``after`` - 1 meet it; ``kind`` 0 none does, 1
+    one run that begins with ``word`` fills it, 2 anything else, 3 not for the sweep.
+
+    :param above: what the items above grant. :param span: bytes of a table, less 1.
+    :param lg2: log2 of an item's bytes. :param counts: of
+        each kind.
+    """
+    n = len(e_iova)
+    size = int((span + _ONE) >> lg2)
+    cursor = 0
+    for t in range(len(base)):
+        start = base[t]
+        end = start + span
+        # The first extent that ends at or after the table: twice as far each time, then halves.
+        if cursor < n and e_last[cursor] < start:
+            step = 1
+            while cursor + step < n and e_last[cursor + step] < start:
+                cursor += step
+                step *= 2
+            low, high = cursor + 1, min(cursor + step, n)
+            while low < high:
+                middle = (low + high) // 2
+                if e_last[middle] < start:
+                    low = middle + 1
+                else:
+                    high = middle
+            cursor = low
+        a = cursor
+        full = a + size  # an extent an item, most likely
+        if full < n and e_iova[full - 1] <= end and e_iova[full] > end:
+            cursor = full
+        elif a < n and e_iova[a] <= end:
+            step = 1
+            low = a
+            while low + step < n and e_iova[low + step] <= end:
+                low += step
+                step *= 2
+            high = min(low + step, n)
+            low += 1
+            while low < high:
+                middle = (low + high) // 2
+                if e_iova[middle] <= end:
+                    low = middle + 1
+                else:
+                    high = middle
+            cursor = low
+        b = max(cursor, a)
+        first[t] = a
+        after[t] = b
+        kind[t] = 0
+        word[t] = _ZERO
+        if b > a:
+            kind[t] = 2
+            if b == a + 1 and e_iova[a] <= start and e_last[a] >= end:
+                pa = e_pa[a] + (start - e_iova[a])
+                top = pa + span
+                prot = np.uint64(e_prot[a])
+                kind[t] = 3
+                if (pa & small) | ((pa | top) & outside) == _ZERO and top >= pa and prot - _ONE < _THREE:
+                    kind[t] = 1
+                    word[t] = (pa >> pa_shift) | perms[prot]
+            cursor = b - 1  # the last one may go on in the next table
+        if above[t] != 3:
+            kind[t] = 3
+        counts[kind[t]] += 1
+
+
+@compiled
+def _runs(
+    items: U64,
+    row: I64,
+    kind: U8,
+    word: U64,
+    step: np.uint64,
+    care: np.uint64,
+    valid: np.uint64,
+    hint: np.uint64,
+    hint_pa: np.uint64,
+    agree: np.uint64,
+    place: I64,
+    out: U8,
+) -> None:
+    """Tables of kind 0 and 1: out[place[t]] = 1 where proved.
+
+    :param hint: bits that say "contiguous" in all items of an aligned run or in none, and never matter else;
+        ``hint_pa``: bits of the first word that are zero where the run is aligned so; ``agree``: bits
+        that never matter else, but must not differ among such items.
+    """
     size = np.uint64(items.shape[1])
     for t in range(len(row)):
         table = items[row[t]]
@@ -44,19 +149,22 @@ def _plain_tables(
             first = word[t]
             for i in range(size):  # unsigned: no check for negative indices, and it vectorises
                 wrong |= (table[i] ^ (first + i * step)) & care
-        elif kind[t] == 0:
+            if wrong != _ZERO and wrong == hint and first & hint_pa == _ZERO:
+                first |= hint
+                wrong = _ZERO
+                model = table[_ZERO]
+                for i in range(size):
+                    wrong |= ((table[i] ^ (first + i * step)) & care) | ((table[i] ^ model) & agree)
+        else:
             for i in range(size):
                 wrong |= table[i] & valid
-        else:
-            continue
-        out[t] = 1 if wrong == _ZERO else 0
+        out[place[t]] = 1 if wrong == _ZERO else 0
 
 
-@_compiled
-def _mixed_tables(
+@compiled
+def _mixed(
     items: U64,
     row: I64,
-    kind: U8,
     base: U64,
     first: I64,
     after: I64,
@@ -64,68 +172,196 @@ def _mixed_tables(
     e_last: U64,
     e_pa: U64,
     e_prot: U8,
-    perms: U64,
-    shift: np.uint64,
-    care: np.uint64,
-    valid: np.uint64,
+    perm: U64,
+    masks: U64,
+    place: I64,
     out: U8,
+    sums: U64,
 ) -> None:
-    """Tables of kind 2, which the extents first[t] ... after[t]-1 touch: out[t] = 1 where proved."""
-    step = _ONE << shift
+    """Tables of kind 2: out[place[t]] = 1 where proved, 2 where the extents themselves are unsound.
+
+    :param perm: c, x, y: the permission bits of prot are c ^ (x where it reads) ^ (y where it writes).
+    :param masks: shift, step, care, valid, small, outside, pa_shift. :param sums: sums[0] += bytes of the
+        extents that begin in these tables; sums[1] |= 1 where such an extent is not sorted, disjoint, rw.
+    """
+    shift, step, care, valid = masks[0], masks[1], masks[2], masks[3]
+    small, outside, pa_shift = masks[4], masks[5], masks[6]
+    always, reads, writes = perm[0], perm[1], perm[2]
+    n = len(e_iova)
+    size = np.uint64(items.shape[1])
+    page = _ONE << shift
+    total, bad = _ZERO, _ZERO
     for t in range(len(row)):
-        if kind[t] != 2:
-            continue
         table = items[row[t]]
         start = base[t]
-        end = start + ((np.uint64(len(table)) << shift) - _ONE)
+        a, b = first[t], after[t]
         wrong = _ZERO
-        slot = np.int64(0)
-        for e in range(first[t], after[t]):
-            lo = max(e_iova[e], start)
-            hi = min(e_last[e], end)
-            begin = np.int64((lo - start) >> shift)
-            stop = np.int64((hi - start) >> shift) + 1
+        if np.uint64(b - a) == size and e_iova[a] == start:
+            # One extent an item, most likely: all in one loop without a branch.
+            iova, last, pa, prot = e_iova[a:b], e_last[a:b], e_pa[a:b], e_prot[a:b]
+            odd = _ZERO
+            for i in range(size):
+                at = start + i * page
+                p = np.uint64(prot[i])
+                odd |= (iova[i] ^ at) | (last[i] ^ (at + small)) | (p & ~_THREE)
+                want = (
+                    (pa[i] >> pa_shift)
+                    ^ always
+                    ^ (reads & (_ZERO - (p & _ONE)))
+                    ^ (writes & (_ZERO - (p >> _ONE)))
+                )
+                wrong |= ((table[i] ^ want) & care) | (pa[i] & (small | outside)) | ((p - _ONE) >> shift)
+            if odd == _ZERO:
+                total += size * page
+                if b < n and e_iova[b] <= e_last[b - 1]:
+                    bad = _ONE
+                out[place[t]] = 1 if wrong == _ZERO else 0
+                continue
+            wrong = _ZERO
+        end = start + ((size << shift) - _ONE)
+        slot = _ZERO
+        for e in range(a, b):
+            f, z, pa0, p = e_iova[e], e_last[e], e_pa[e], np.uint64(e_prot[e])
+            if f >= start:  # an extent is accounted for in the table that it begins in
+                total += z - f + _ONE
+                if z < f or (e + 1 < n and e_iova[e + 1] <= z):
+                    bad = _ONE
+            elif e > a:
+                bad = _ONE
+            if p > _THREE:
+                bad = _ONE
+                continue
+            top = pa0 + (z - f)
+            if ((f | pa0 | (z + _ONE)) & small) | ((pa0 | top) & outside) != _ZERO or top < pa0 or p == _ZERO:
+                wrong = _ONE
+                continue
+            lo, hi = max(f, start), min(z, end)
+            begin, stop = (lo - start) >> shift, ((hi - start) >> shift) + _ONE
+            if lo > hi or stop > size or begin < slot:
+                wrong = _ONE
+                continue
             for i in range(slot, begin):
                 wrong |= table[i] & valid
-            want = (e_pa[e] | perms[e_prot[e]]) + (lo - e_iova[e])
+            want = ((pa0 + (lo - f)) >> pa_shift) ^ always
+            want ^= (reads & (_ZERO - (p & _ONE))) ^ (writes & (_ZERO - (p >> _ONE)))
             for i in range(begin, stop):
-                wrong |= (table[i] ^ want) & care
-                want = want + step
+                wrong |= (table[i] ^ (want + (i - begin) * step)) & care
             slot = stop
-        for i in range(slot, len(table)):
+        for i in range(slot, size):
             wrong |= table[i] & valid
-        out[t] = 1 if wrong == _ZERO else 0
+        out[place[t]] = 1 if wrong == _ZERO else 0
+    sums[0] += total
+    sums[1] |= bad
 
 
-def proved(
-    tm: TableMemory, row: I64, kind: U8, word: U64, base: U64, first: I64, after: I64, e: Extents, perms: U64
-) -> NDArray[np.bool_]:
-    """As the NumPy sweep of ``verify``: which tables hold exactly what is expected.
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What the sweep says. ``proved`` bool[n], a table each; ``mapped`` bytes of all extents."""
 
-    :param row: rows of the tables. :param kind: 0 nothing expected, 1 one run that starts with ``word``, 2
-        the extents ``first`` ... ``after`` - 1. :param base: IOVA of each table. :param e_word: item of each
-        extent's first page.
+    proved: NDArray[np.bool_]
+    mapped: int
+
+
+def hint_bits(spec: LevelSpec) -> tuple[int, int, int]:
+    """Bits that mark items of an aligned run as contiguous and have no other meaning, the bits of the first
+    item's word that are zero where the run is aligned, and those in which the items of a run agree; all 0 =
+    there are none.
+    """
+    if len(spec.contig) != 1 or spec.pa_shift:
+        return 0, 0, 0
+    only = spec.contig[0]
+    special = (only.reserved, only.attrs, only.base)
+    if only.replicated or only.value != only.mask or only.lg2 > spec.index_bits or special != (None,) * 3:
+        return 0, 0, 0
+    agree = 0
+    for _, mask in spec.memory if only.memory is None else only.memory:
+        agree |= mask & spec.leaf_ignored
+    return only.mask, (1 << (spec.shift + only.lg2)) - (1 << spec.shift), agree
+
+
+def proved(tm: TableMemory, upper: Upper, base: U64, e: Extents, threads: int | None = None) -> Swept:
+    """Which tables of level 0 hold exactly what is expected.
+
+    :param base: IOVA of each table, increasing. :param e: the expectation, not checked yet.
+    :raises ValueError: it is not sorted and disjoint, or a prot is beyond rw.
     """
     spec = tm.fmt.levels[0]
+    n = len(base)
     items = tm.rows.data.view(np.uint64)
-    care = np.uint64(~spec.leaf_ignored & (2**64 - 1))
-    valid, step = np.uint64(spec.valid_mask), np.uint64(1 << spec.shift)
-    out = np.zeros(len(row), np.uint8)
-    # In physical order the tables stream; in IOVA order scattered tables cost three times as much.
-    order = None
-    if bool((row[1:] < row[:-1]).any()) and not bool((kind == 2).any()):
-        order = np.argsort(row)
-        row, kind, word = row[order], kind[order], word[order]
-    _plain_tables(items, row, kind, word, step, care, valid, out)
-    if bool((kind == 2).any()):
-        a, b = first.astype(np.int64), after.astype(np.int64)
-        shift = np.uint64(spec.shift)
-        _mixed_tables(
-            items, row, kind, base, a, b, e.iova, e.last, e.pa, e.prot, perms, shift, care, valid, out
-        )
-    result = out.view(np.bool_)
-    if order is not None:
-        back = np.empty_like(result)
-        back[order] = result
-        return back
-    return result
+    small = (1 << spec.shift) - 1
+    outside = ~spec.leaf_pa(_MAX) & _MAX & ~small
+    bits = [value | spec.leaf_base for value in spec.prot_bits]
+    first, after = np.empty(n, np.int64), np.empty(n, np.int64)
+    kind, word = np.empty(n, np.uint8), np.empty(n, np.uint64)
+    counts = np.zeros(4, np.int64)
+    span = (spec.items << spec.shift) - 1
+    _plan(
+        base, upper.prot, np.uint64(span), e.iova, e.last, e.pa, e.prot, np.array(bits, np.uint64),
+        np.uint64(small), np.uint64(outside), np.uint64(spec.shift), np.uint64(spec.pa_shift),
+        first, after, kind, word, counts,
+    )  # fmt: skip
+    care = ~spec.leaf_ignored & _MAX
+    step = (1 << spec.shift) >> spec.pa_shift
+    out = np.zeros(n, np.uint8)
+    row = upper.row
+    if counts[0] + counts[1]:
+        chosen = None if counts[0] + counts[1] == n else np.flatnonzero(kind <= 1)
+        place, rows = in_memory_order(row, chosen)
+        kinds, words = (kind, word) if rows is row else (kind[place], word[place])
+        arguments = [np.uint64(value) for value in (step, care, spec.valid_mask, *hint_bits(spec))]
+
+        def runs(a: int, b: int) -> None:
+            _runs(items, rows[a:b], kinds[a:b], words[a:b], *arguments, place[a:b], out)
+
+        over_threads(runs, len(rows), tm.fmt.table_bytes, threads)
+    mapped, unsound = 0, False
+    owned: tuple[I64, I64] = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    if counts[2]:
+        mixed = np.flatnonzero(kind == 2)
+        a, b = first[mixed], after[mixed]
+        owned = a + (e.iova[a] < base[mixed]), b
+        place, rows = in_memory_order(row, mixed)
+        bases, firsts, afters = base[place], first[place], after[place]
+        perm = np.array([bits[1] ^ bits[2] ^ bits[3], bits[3] ^ bits[2], bits[3] ^ bits[1]], np.uint64)
+        masks = np.array([spec.shift, step, care, spec.valid_mask, small, outside, spec.pa_shift], np.uint64)
+        totals: list[U64] = []
+
+        def mix(a: int, b: int) -> None:
+            sums = np.zeros(2, np.uint64)
+            _mixed(
+                items, rows[a:b], bases[a:b], firsts[a:b], afters[a:b], e.iova, e.last, e.pa, e.prot,
+                perm, masks, place[a:b], out, sums,
+            )  # fmt: skip
+            totals.append(sums)
+
+        over_threads(mix, len(rows), tm.fmt.table_bytes * 4, threads)
+        mapped = sum(int(sums[0]) for sums in totals)
+        unsound = any(int(sums[1]) for sums in totals)
+    if unsound:
+        raise unsorted()
+    return Swept(out.view(np.bool_), _check_others(e, *owned, mapped))
+
+
+def unsorted() -> ValueError:
+    """The error for an expectation that is none."""
+    return ValueError("expected extents are not sorted and disjoint, or a prot is beyond rw")
+
+
+def _check_others(e: Extents, first: I64, after: I64, known: int) -> int:
+    """Check the extents outside of the sorted, disjoint [first, after), which are checked and map ``known``
+    bytes; the bytes of all. :raises ValueError: unsorted.
+    """
+    begin, end = np.concatenate((np.zeros(1, np.int64), after)), np.concatenate((first, [len(e)]))
+    some = end > begin
+    if int(some.sum()) > _MANY:
+        begin, end, some = np.zeros(1, np.int64), np.array([len(e)]), np.ones(1, np.bool_)
+        known = 0
+    total = known
+    for a, b in zip(begin[some].tolist(), end[some].tolist(), strict=True):
+        part = slice(a, b)
+        if bool((e.last[part] < e.iova[part]).any() or (e.prot[part] > 3).any()) or bool(
+            (e.iova[a + 1 : b + 1] <= e.last[a : min(b, len(e) - 1)]).any()
+        ):
+            raise unsorted()
+        total += Extents(e.iova[part], e.last[part], e.pa[part], e.prot[part]).mapped_bytes
+    return total

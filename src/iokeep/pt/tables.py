@@ -11,8 +11,9 @@ Sub-trees may be shared, but only so often that time and memory stay bounded by 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -453,9 +454,142 @@ def _classify(
     return leaves, below, target, Problems.join(problems)
 
 
-def descend(tm: TableMemory, root_pa: int, start: int = 0, last: int | None = None) -> Upper:
+#: (items of some tables, their raw base IOVAs and grants, an item, which bits of all others must be as in it,
+#: log2 of the bytes that an item maps, mask and shift of a table's pa, a filter of pages) -> raw IOVA, pa and
+#: grants of the table that each item points to, where it is not 0, and whether one may be in the filter
+#: (``kernels.alike``). None = an item is different.
+Alike = Callable[[U64, U64, U8, int, int, int, int, int, NDArray[np.bool_]], tuple[U64, U64, U8, bool] | None]
+#: bits of a page number that a filter of pages knows
+_FILTER = 16
+
+
+def _filter_of(pages: U64) -> NDArray[np.bool_]:
+    """bool[65536]: False at the low bits of a page number = that page is not among ``pages``."""
+    may = np.zeros(1 << _FILTER, np.bool_)
+    may[(pages >> np.uint64(12)) & np.uint64((1 << _FILTER) - 1)] = True
+    return may
+
+
+def _all_tables(
+    tm: TableMemory,
+    level: int,
+    base: U64,
+    at: U64,
+    prot: U8,
+    items: U64,
+    alike: Alike,
+    may: NDArray[np.bool_],
+) -> tuple[U64, U64, U8, bool] | None:
+    """Whole tables that hold nothing but sound table items that grant the same: see ``Alike``. None = they
+    hold something else.
+    """
+    spec = tm.fmt.levels[level]
+    some = np.flatnonzero(items[0])
+    if spec.pa_pieces or spec.next_levels or not tm.plains[level] or not len(some):
+        return None
+    one = items[0, int(some[0]) : int(some[0]) + 1]
+    leaves, below, target, problems = _classify(
+        tm, level, base[:1], at[:1], np.full(1, 3, np.uint8), one.reshape(1, 1), 0, 0, True
+    )
+    if len(below[0]) != 1 or len(leaves) or len(problems) or target is not None:
+        return None
+    same = ~(spec.table_pa_mask | spec.table_ignored) & (2**64 - 1)
+    pa_mask, pa_shift = spec.table_pa_mask, spec.pa_shift
+    return alike(items, base, prot & below[2], int(one[0]), same, spec.shift, pa_mask, pa_shift, may)
+
+
+def _all_below(
+    tm: TableMemory,
+    level: int,
+    root_pa: int,
+    above: tuple[U64, U64, U8, I64],
+    alike: Alike,
+    seen: U64,
+    limit: int,
+) -> tuple[U64, U64, U8, bool] | None:
+    """:func:`_all_tables` of all tables of a level (base, pa, prot, row): the raw IOVA, pa and grants of
+    those below, and whether one may be among ``seen``.
+    """
+    iovas: list[U64] = []
+    pas: list[U64] = []
+    grants: list[U8] = []
+    may, some, count = _filter_of(seen), False, 0
+    base, at, prot, row = above
+    for lo in range(0, len(base), CHUNK):
+        part = slice(lo, lo + CHUNK)
+        items = tm.root(root_pa) if level == tm.fmt.top_level else tm.items(row[part], level)
+        found = _all_tables(tm, level, base[part], at[part], prot[part], items, alike, may)
+        if found is None:
+            return None
+        iovas.append(found[0])
+        pas.append(found[1])
+        grants.append(found[2])
+        some |= found[3]
+        count += len(found[0])
+        if count > limit:
+            raise _bomb(level, root_pa)
+    return (_joined(iovas), _joined(pas), _joined(grants), some) if len(base) else None
+
+
+def _classified(
+    tm: TableMemory,
+    level: int,
+    root_pa: int,
+    above: tuple[U64, U64, U8, I64],
+    window: tuple[int, int, bool],
+    waiting: list[list[tuple[int, _Below]]],
+    limit: int,
+) -> tuple[list[Items], list[Problems]]:
+    """:func:`_classify` of all tables of a level (base, pa, prot, row): leaves and problems; what is below
+    goes to ``waiting``.
+    """
+    leaves: list[Items] = []
+    problems: list[Problems] = []
+    base, pa, prot, row = above
+    count = 0
+    for lo in range(0, len(base), CHUNK):
+        hi = lo + CHUNK
+        items = tm.root(root_pa) if level == tm.fmt.top_level else tm.items(row[lo:hi], level)
+        found, below, target, bad = _classify(tm, level, base[lo:hi], pa[lo:hi], prot[lo:hi], items, *window)
+        if len(found):
+            leaves.append(found)
+        if len(bad):
+            problems.append(bad)
+        if len(below[0]):
+            count += len(below[0])
+            if target is None:
+                waiting[level - 1].append((level, below))
+            else:
+                for number in np.unique(target).tolist():
+                    mine = target == number
+                    iova, to, granted, item, at = below
+                    part = iova[mine], to[mine], granted[mine], item[mine], at[mine]
+                    waiting[number].append((level, part))
+        if count > limit:
+            raise _bomb(level, root_pa)
+    return leaves, problems
+
+
+def _sorted_below(parts: list[tuple[int, _Below]]) -> tuple[U64, U64, U8, U64, U64, U8]:
+    """Tables of a level, from each level above, in order of IOVA; with the level that each is from."""
+    if not parts:
+        none = np.zeros(0, np.uint64)
+        return none, none, np.zeros(0, np.uint8), none, none, np.zeros(0, np.uint8)
+    base, pa, prot, item, at = (_joined([t[i] for _, t in parts]) for i in range(5))
+    source = np.repeat(np.array([n for n, _ in parts], np.uint8), [len(t[0]) for _, t in parts])
+    if bool((base[1:] < base[:-1]).any()):  # from several levels
+        order = np.argsort(base, kind="stable")
+        base, pa, prot, item, at = base[order], pa[order], prot[order], item[order], at[order]
+        source = source[order]
+    return base, pa, prot, item, at, source
+
+
+def descend(
+    tm: TableMemory, root_pa: int, start: int = 0, last: int | None = None, alike: Alike | None = None
+) -> Upper:
     """Everything above the tables of level 0 that touches the raw IOVAs [start, last].
 
+    :param alike: a compiled fast path for tables of alike items; the result is the same.
     :raises MemoryAbsent: the root is absent. (An absent table below is a problem of the result.)
     :raises InputError: sub-trees are shared so often that the tree is a bomb.
     """
@@ -472,49 +606,34 @@ def descend(tm: TableMemory, root_pa: int, start: int = 0, last: int | None = No
     problems: list[Problems] = []
     limit = tm.capacity + SHARED_LIMIT
     for level in range(fmt.top_level, 0, -1):
-        count = 0
-        for lo in range(0, len(base), CHUNK):
-            hi = lo + CHUNK
-            items = tm.root(root_pa) if level == fmt.top_level else tm.items(row[lo:hi], level)
-            found, below, target, bad = _classify(
-                tm, level, base[lo:hi], pa[lo:hi], prot[lo:hi], items, start, end, whole
-            )
-            if len(found):
-                leaves.append(found)
-            if len(bad):
-                problems.append(bad)
-            if len(below[0]):
-                count += len(below[0])
-                if target is None:
-                    waiting[level - 1].append((level, below))
-                else:
-                    for number in np.unique(target).tolist():
-                        mine = target == number
-                        iova, to, granted, item, at = below
-                        part = iova[mine], to[mine], granted[mine], item[mine], at[mine]
-                        waiting[number].append((level, part))
-            if count > limit:
-                raise _bomb(level, root_pa)
-        tables = waiting[level - 1]
-        waiting[level - 1] = []
-        if tables:
-            base, pa, prot, item, at = (np.concatenate([t[i] for _, t in tables]) for i in range(5))
-            source = np.repeat(np.array([n for n, _ in tables], np.uint8), [len(t[0]) for _, t in tables])
-            if bool((base[1:] < base[:-1]).any()):  # from several levels
-                order = np.argsort(base, kind="stable")
-                base, pa, prot, item, at = base[order], pa[order], prot[order], item[order], at[order]
-                source = source[order]
+        above, fresh = (base, pa, prot, row), False
+        quick = None
+        if alike is not None and whole and not waiting[level - 1]:
+            quick = _all_below(tm, level, root_pa, above, alike, seen, limit)
+        if quick is not None:
+            base, pa, prot, some = quick
+            # A page that serves at two levels is a loop.
+            fresh = not some and fmt.bytes_of(level - 1) <= min(fmt.bytes_of(n) for n in range(fmt.top_level))
+            item = at = source = None
         else:
-            base, pa, item, at = (np.zeros(0, np.uint64) for _ in range(4))
-            prot, source = np.zeros(0, np.uint8), np.zeros(0, np.uint8)
+            found, bad = _classified(tm, level, root_pa, above, (start, end, whole), waiting, limit)
+            leaves += found
+            problems += bad
+            base, pa, prot, item, at, source = _sorted_below(waiting[level - 1])
+        waiting[level - 1] = []
         row = tm.index(level - 1, pa)
-        units = _units(tm, level - 1, pa)
-        place = np.minimum(np.searchsorted(seen, units), len(seen) - 1)
-        loop = seen[place] == units
-        if len(units) != len(pa):
-            loop = loop.reshape(len(pa), -1).any(axis=1)
-        absent = (row < 0) & ~loop
+        loop, absent = np.zeros(0, np.bool_), row < 0
+        if not fresh or absent.any():
+            units = _units(tm, level - 1, pa)
+            loop = _among(units, seen)
+            if len(units) != len(pa):
+                loop = np.asarray(loop.reshape(len(pa), -1).any(axis=1), np.bool_)
+            absent &= ~loop
         if loop.any() or absent.any():
+            if item is None or at is None or source is None:
+                _classified(tm, level, root_pa, above, (start, end, whole), waiting, limit)
+                _, _, _, item, at, source = _sorted_below(waiting[level - 1])
+                waiting[level - 1] = []
             bad_rows = loop | absent
             where = base[bad_rows]
             shifts = np.array([spec.shift for spec in fmt.levels], np.uint64)
@@ -529,7 +648,7 @@ def descend(tm: TableMemory, root_pa: int, start: int = 0, last: int | None = No
                 )
             )
             base, pa, prot, row = base[~bad_rows], pa[~bad_rows], prot[~bad_rows], row[~bad_rows]
-        if len(pa) > SHARED_LIMIT and len(pa) - len(np.unique(pa)) > SHARED_LIMIT:
+        if len(pa) > SHARED_LIMIT and len(pa) - _distinct(row) > SHARED_LIMIT:
             raise _bomb(level, root_pa)
         pages.append(pa)
         seen = np.union1d(seen, _units(tm, level - 1, pa)) if level > 1 else seen
@@ -538,6 +657,35 @@ def descend(tm: TableMemory, root_pa: int, start: int = 0, last: int | None = No
         row = tm.index(0, pa)
     upper = Items.join(leaves, sort=len(leaves) > 1)
     return Upper(upper, base, pa, row, prot, Problems.join(problems), pages)
+
+
+def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
+    """All of them in one; a copy of a single one costs more than all that is done with it."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _distinct(rows: I64) -> int:
+    """Number of different rows."""
+    low = int(rows.min())
+    span = int(rows.max()) - low + 1
+    if span > 16 * len(rows):
+        return len(np.unique(rows))
+    there = np.zeros(span, np.bool_)
+    there[rows - low] = True
+    return int(np.count_nonzero(there))
+
+
+def _among(values: U64, known: U64) -> NDArray[np.bool_]:
+    """Which values are among the sorted ``known``. Most are not, and a small table of page numbers' low bits
+    says so without a search.
+    """
+    low = np.uint64((1 << _FILTER) - 1)
+    out = np.take(_filter_of(known), ((values >> np.uint64(12)) & low).view(np.int64), mode="clip")
+    some = np.flatnonzero(out)
+    if len(some):
+        place = np.minimum(np.searchsorted(known, values[some]), len(known) - 1)
+        out[some] = known[place] == values[some]
+    return out
 
 
 def _units(tm: TableMemory, level: int, pas: U64) -> U64:

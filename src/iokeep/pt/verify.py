@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,16 +26,17 @@ from numpy.typing import NDArray
 from iokeep.mem.memory import I64, U8, U64, Memory
 from iokeep.pt.attributes import Differences, compare_flags, judged, table_traits
 from iokeep.pt.build import choose_leaves
-from iokeep.pt.compare import Comparison, Found, LayoutRange, Spans, Verdict, find
+from iokeep.pt.compare import Comparison, Found, LayoutRange, Spans, Verdict, clip_extents, find
 from iokeep.pt.extents import PROT_R, PROT_W, Extents
 from iokeep.pt.formats.base import Contig, Format
 from iokeep.pt.layout import Layout, compare_layouts, table_layout
-from iokeep.pt.leaves import Leaves
+from iokeep.pt.leaves import Leaves, upper_within
 from iokeep.pt.tables import (
     ABSENT,
     CHUNK,
     LOOP,
     SOFT,
+    Alike,
     Items,
     Problems,
     TableMemory,
@@ -57,6 +59,14 @@ _BLOCK = 1 << 16
 _MAX = 2**64 - 1
 
 
+def _as_said(fmt: Format, extents: Extents) -> Extents:
+    """With "-w" as "rw" where the format has no write-only; without memory attributes."""
+    prot = extents.prot
+    if not fmt.write_only:
+        prot = np.where(prot == PROT_W, np.uint8(PROT_R | PROT_W), prot).astype(np.uint8)
+    return Extents(extents.iova, extents.last, extents.pa, prot)
+
+
 class Expectation:
     """Expected extents, prepared for the sweep of one format.
 
@@ -72,9 +82,8 @@ class Expectation:
             or int(prot.max()) > (PROT_R | PROT_W)
         ):
             raise ValueError("expected extents are not sorted and disjoint, or a prot is beyond rw")
-        if not fmt.write_only:
-            prot = np.where(prot == PROT_W, np.uint8(PROT_R | PROT_W), prot).astype(np.uint8)
-        self.extents = Extents(extents.iova, extents.last, extents.pa, prot)
+        self.extents = _as_said(fmt, extents)
+        prot = self.extents.prot
         #: permission and constant bits of an item by prot, as masks see it
         self.perms: U64 = np.array(spec.prot_bits, np.uint64) | np.uint64(spec.leaf_base)
         self.spec = spec
@@ -126,12 +135,31 @@ def _as_items(contig: Contig) -> bool:
     return contig.reserved is None and contig.attrs is None and contig.memory is None
 
 
-def _proved(
-    tm: TableMemory, upper: Upper, base: U64, want: Expectation, compiled: bool | None
-) -> NDArray[np.bool_]:
-    """Which tables of level 0 hold exactly what is expected. False = not proved here.
+def _compiled(tm: TableMemory, n: int, asked: bool | None) -> bool:
+    """Whether ``n`` tables of level 0 are swept by compiled code; see :func:`verify`."""
+    if asked is None:
+        warm = "iokeep.pt.sweep" in sys.modules
+        asked = os.environ.get("NUMBA_DISABLE_JIT", "0") == "0" and n * tm.fmt.table_bytes >= (
+            COMPILED_WARM if warm else COMPILED_COLD
+        )
+    return asked and tm.plain and tm.parts[0] == 1 and not tm.fmt.levels[0].pa_pieces
 
-    :param base: IOVA of each table. :param compiled: see :func:`verify`.
+
+def _alike(asked: bool | None) -> Alike | None:
+    """The compiled way through upper tables, where it costs no start of Numba."""
+    if asked is False or (asked is None and "iokeep.pt.kernels" not in sys.modules):
+        return None
+    from iokeep.pt.kernels import alike
+
+    return alike
+
+
+def _proved(
+    tm: TableMemory, upper: Upper, base: U64, want: Expectation, tries: tuple[Way, ...]
+) -> NDArray[np.bool_]:
+    """Which tables of level 0 hold exactly what is expected, by NumPy. False = not proved here.
+
+    :param base: IOVA of each table. :param tries: ways to prove them.
     """
     spec = tm.fmt.levels[0]
     e = want.extents
@@ -148,23 +176,11 @@ def _proved(
             unsound = np.concatenate((np.zeros(1, np.int64), np.cumsum(~want.sound)))
             ok &= unsound[b] == unsound[a]
     word = np.zeros(len(base), np.uint64)
+    # kind 0: nothing expected, 1: one run over the whole table, 2: anything else
     kind = np.where(single, np.uint8(1), np.where(count == 0, np.uint8(0), np.uint8(2))).astype(np.uint8)
     if single.any():
         word[single] = want.word(at[single]) + want.steps(base[single] - e.iova[at[single]])
-    # kind 0: nothing expected, 1: one run over the whole table, 2: anything else
-    if compiled is None:
-        warm = "iokeep.pt.sweep" in sys.modules
-        compiled = os.environ.get("NUMBA_DISABLE_JIT", "0") == "0" and len(base) * tm.fmt.table_bytes >= (
-            COMPILED_WARM if warm else COMPILED_COLD
-        )
-    if compiled and tm.plain and not spec.pa_shift and not spec.pa_pieces:
-        from iokeep.pt import sweep
-
-        done = np.asarray(sweep.proved(tm, upper.row, kind, word, base, a, b, e, want.perms), np.bool_)
-        tries: tuple[Way, ...] = _TRIES[1:]
-    else:
-        done = np.zeros(len(base), np.bool_)
-        tries = _TRIES
+    done = np.zeros(len(base), np.bool_)
     for way in tries if not want.runs else (_in_runs, *(t for t in tries if t is not _in_runs)):
         left = np.flatnonzero(ok & ~done)
         if not len(left) or not _applies(way, want):
@@ -329,6 +345,22 @@ def _applies(way: Way, want: Expectation) -> bool:
     return True
 
 
+def _other_ways(
+    tm: TableMemory, upper: Upper, base: U64, e: Extents, done: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """``done``, and what of the rest can be proved in another way than by single items."""
+    spec = tm.fmt.levels[0]
+    left = np.flatnonzero(~done)
+    if not len(left) or not (spec.contig or spec.w_values):
+        return done
+    want = Expectation(tm.fmt, _touching(e, _MAX, 0, base[left], (spec.items << spec.shift) - 1))
+    rest = replace(
+        upper, base=upper.base[left], pa=upper.pa[left], row=upper.row[left], prot=upper.prot[left]
+    )
+    done[left] = _proved(tm, rest, base[left], want, _TRIES[1:])
+    return done
+
+
 def _pieces(mixed: I64, a: I64, b: I64) -> tuple[I64, I64]:
     """Table and extent of each piece of the tables ``mixed``, which the extents a ... b - 1 touch."""
     count = (b - a)[mixed]
@@ -400,6 +432,18 @@ def _found(fmt: Format, items: Items) -> Found:
     return Found(leaves.iova, leaves.last, leaves.pa, leaves.prot, items.level)
 
 
+def _touching(e: Extents, start: int, last: int, base: U64, span: int) -> Extents:
+    """The extents that touch [start, last], or a table of ``span`` + 1 bytes at ``base`` (sorted)."""
+    if len(base):
+        start, last = min(start, int(base[0])), max(last, int(base[-1]) + span)
+    part = slice(
+        int(np.searchsorted(e.last, np.uint64(start), side="left")),
+        int(np.searchsorted(e.iova, np.uint64(last), side="right")),
+    )
+    attrs = None if e.attrs is None else e.attrs[part]
+    return Extents(e.iova[part], e.last[part], e.pa[part], e.prot[part], attrs)
+
+
 def verify(
     fmt: Format,
     mem: Memory,
@@ -411,8 +455,11 @@ def verify(
     layout: Layout | None = None,
     compiled: bool | None = None,
     attributes: Differences | None = None,
+    start: int = 0,
+    last: int | None = None,
+    threads: int | None = None,
 ) -> Verdict:
-    """Compare the table under ``root_pa`` with ``expected``.
+    """Compare the table under ``root_pa`` with ``expected``, within the IOVAs [start, last].
 
     :param expected: sorted, disjoint; need not be canonical. Where it has ``attrs``, the IOMMU_* flags that
         the format can say are compared too. "-w" counts as "rw" where the format has no write-only.
@@ -423,39 +470,59 @@ def verify(
     :param compiled: sweep with Numba (True), with NumPy alone (False), or by size (None). The result is the
     same.
     :param attributes: ranges of different memory attributes, if they are known already (``diff``).
+    :param start: :param last: only these IOVAs (None = to the end of the space), at a cost that grows with
+        them and not with the table: what the whole comparison says, cut to the range. Not together with
+        ``layout``.
+    :param threads: of the compiled sweep; None = as ``kernels.thread_count`` says.
     :raises MemoryAbsent: the root is absent. (Absent tables below are mismatches.)
     :raises InputError: no table at all: sub-trees are shared without bound, or ``root_pa`` is not aligned.
     """
     tm = TableMemory(fmt, mem)
-    upper = descend(tm, root_pa)
-    want = Expectation(fmt, expected)
+    whole, end = start == 0 and last is None, _MAX if last is None else last
+    if whole:
+        upper = descend(tm, root_pa, alike=_alike(compiled))
+    else:
+        if not 0 <= start <= end <= _MAX or layout is not None:
+            raise ValueError(f"[{start:#x}, {end:#x}] is no range, or has a layout to compare")
+        upper = upper_within(tm, root_pa, start, end)
     base = fmt.extend(upper.base)
-    proved = _proved(tm, upper, base, want, compiled)
+    spec = fmt.levels[0]
+    table_span = spec.items << spec.shift
+    if not whole:
+        expected = _touching(expected, start, end, base, table_span - 1)
+    if _compiled(tm, len(base), compiled):
+        from iokeep.pt import sweep
+
+        swept = sweep.proved(tm, upper, base, expected, threads)
+        proved, mapped = _other_ways(tm, upper, base, expected, swept.proved), swept.mapped
+    else:
+        want = Expectation(fmt, expected)
+        proved, mapped = _proved(tm, upper, base, want, _TRIES), want.extents.mapped_bytes
+    if not whole:
+        mapped = clip_extents(expected, start, end).mapped_bytes
     if attributes is None and expected.attrs is not None:
-        attributes = compare_flags(expected, fmt, table_traits(fmt, mem, root_pa))
+        attributes = compare_flags(expected, fmt, table_traits(fmt, mem, root_pa, start, last))
     if attributes is not None:
         upper.problems = judged(fmt, upper.problems)
     if len(upper.problems):
         # An attribute of an item above is no difference that the sweep could see.
         above = _spans(fmt, upper.problems, True)
         proved &= ~find(above.iova, above.last, base)[1]
-    spec = fmt.levels[0]
-    table_span = spec.items << spec.shift
     if attributes is not None and len(attributes):
         at = np.searchsorted(attributes.last, base, side="left")
         some = at < len(attributes)
         touched = attributes.iova[np.minimum(at, len(attributes) - 1)] <= base + np.uint64(table_span - 1)
         proved &= ~(some & touched)
-    good_first, good_last = _merged(base[proved], table_span)
-    e = _without(want.extents, good_first, good_last)
+    good_first, good_last = _merged(base if bool(proved.all()) else base[proved], table_span)
+    e = _as_said(fmt, _without(expected, good_first, good_last))
     comparison = Comparison(limit)
     if attributes is not None and len(attributes):
         comparison = Comparison(limit, attributes.spans(), attributes.texts)
     todo = ~proved
     if len(e) or todo.any() or len(upper.leaves) or len(upper.problems):
-        _judge_rest(tm, upper, base, todo, e, (good_first, good_last), comparison, dead_leaves, attributes)
+        good = good_first, good_last
+        _judge_rest(tm, upper, base, todo, e, good, comparison, dead_leaves, attributes, start, end)
     mismatches = comparison.mismatches()
-    mapped = want.extents.mapped_bytes
     ranges: list[LayoutRange] = []
     differing, cut_alike = 0, None
     if layout is not None and not bool(np.isin(upper.problems.reason, (LOOP, ABSENT)).any()):
@@ -486,8 +553,10 @@ def _judge_rest(
     comparison: Comparison,
     dead_leaves: bool,
     attributes: Differences | None,
+    begin: int,
+    end: int,
 ) -> None:
-    """Judge all IOVAs outside the proved tables, window by window."""
+    """Judge all IOVAs of [begin, end] outside the proved tables, window by window."""
     fmt, spec = tm.fmt, tm.fmt.levels[0]
     span = spec.items << spec.shift
     t_base, t_raw, t_pa, t_row, t_prot = (
@@ -500,16 +569,15 @@ def _judge_rest(
     cuts = np.unique(
         np.concatenate(
             (
-                np.zeros(1, np.uint64),
                 t_base[::_WINDOW_TABLES],
                 e.iova[::_WINDOW_EXTENTS] & ~np.uint64(span - 1),
             )
         )
     )
-    starts = cuts.tolist()
-    for start, after in zip(starts, [*starts[1:], 1 << 64], strict=True):
+    starts = [begin, *(cut for cut in cuts.tolist() if begin < cut <= end)]
+    for start, after in zip(starts, [*starts[1:], end + 1], strict=True):
         last = after - 1
-        lo = int(np.searchsorted(t_base, np.uint64(start), side="left"))
+        lo = int(np.searchsorted(t_base, np.uint64(start & -span), side="left"))
         hi = int(np.searchsorted(t_base, np.uint64(last), side="right"))
         found, problems = large, [Problems()]
         if hi > lo:
