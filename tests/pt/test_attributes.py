@@ -268,7 +268,7 @@ def test_attrs_column(tmp_path):
     rows = [("0x1000", "-"), ("0x2000", "cache"), ("0x3000", "noexec,priv"), ("0x4000", "cache,mmio")]
     lines = "".join(f"{iova}\t{iova}\t0x1000\trw\t{attrs}\n" for iova, attrs in rows)
     path.write_text("iova\tpa\tlength\tprot\tattrs\n" + lines)
-    (iova, last, _, prot), attrs = read_expected(path)
+    (iova, last, _, prot), attrs, _ = read_expected(path)
     assert iova.tolist() == [0x1000, 0x2000, 0x3000, 0x4000]
     assert last.tolist() == [0x1FFF, 0x2FFF, 0x3FFF, 0x4FFF]
     assert prot.tolist() == [3] * 4

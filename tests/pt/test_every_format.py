@@ -25,6 +25,7 @@ from iokeep.pt.walk import walk
 CONFIGS = [
     ("vtdss", {"levels": 4}),
     ("x86_64", {"levels": 5}),
+    ("x86_64", {"levels": 4, "sign_extend": 0, "c_bit": 51}),
     *(("amdv1", {"levels": n}) for n in range(1, 7)),
     ("amdv1", {"levels": 4, "output_bits": 48, "force_coherence": 0}),
     ("amdv1", {"levels": 5, "c_bit": 47}),

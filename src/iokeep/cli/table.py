@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iokeep import __version__
+from iokeep.cli import table_nested
 from iokeep.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from iokeep.mem.capture import Capture
+    from iokeep.mem.memory import U8
     from iokeep.pt.compare import Bbm, LayoutRange, Mismatch, Verdict
     from iokeep.pt.extents import Extents
     from iokeep.pt.formats.base import Format
     from iokeep.pt.gate import Descriptor
+    from iokeep.pt.nested import Nested
     from iokeep.pt.tables import Problems
 
 # numpy is imported by the handlers, not by the parser: --help stays fast.
@@ -42,7 +45,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     show.add_argument(
         "--gate",
         metavar="PROFILE",
-        help="exit 1 unless the table is what the kernel of this profile makes (linux-7.3)",
+        help="exit 1 unless the table is what this kernel takes: linux-7.3, soft-7.2, soft-7.3, soft-7.4, or "
+        "a FILE (.json, .toml; what show --json printed of another table too)",
     )
     walk = verb("walk", _walk, "translate IOVAs one by one, with the path")
     walk.add_argument("source", metavar="SOURCE", type=Path, help=_SOURCE)
@@ -50,6 +54,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     extents = verb("extents", _extents, "everything that the table translates, as maximal runs")
     extents.add_argument("source", metavar="SOURCE", type=Path, help=_SOURCE)
     extents.add_argument("--tsv", action="store_true", help="the form of truth.tsv")
+    extents.add_argument(
+        "--attrs",
+        action="store_true",
+        help="with memory attributes as IOMMU_* flags (of two stages: what both make)",
+    )
     verify = verb(
         "verify", _verify, "prove that the table translates exactly what is expected (exit 1: it does not)"
     )
@@ -60,15 +69,20 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     diff = verb("diff", _diff, "compare two tables: translations, and leaf sizes apart (exit 1: they differ)")
     diff.add_argument("a", metavar="A", type=Path, help=_SOURCE)
     diff.add_argument("b", metavar="B", type=Path, help=_SOURCE)
-    diff.add_argument("--layout", action="store_true", help="different leaf sizes count as a difference")
-    diff.add_argument(
-        "--bbm",
-        type=int,
-        choices=(0, 1, 2),
-        metavar="LEVEL",
-        help="a live switch from A to B that hardware of this break-before-make level (SMMU_IDR3.BBML: "
-        "0, 1, 2) forbids counts as a difference",
-    )
+    for parser, switch in ((verify, "to what is expected"), (diff, "from A to B")):
+        parser.add_argument(
+            "--layout", action="store_true", help="different leaf sizes count as a difference"
+        )
+        parser.add_argument(
+            "--bbm",
+            type=int,
+            choices=(0, 1, 2),
+            metavar="LEVEL",
+            help=f"a live switch {switch} that hardware of this break-before-make level (SMMU_IDR3.BBML: "
+            "0, 1, 2) forbids counts as a difference",
+        )
+    for parser in (show, walk, extents, verify):
+        table_nested.add_options(parser)
     for parser in (verify, diff):
         parser.add_argument(
             "--limit", type=int, default=16, metavar="N", help="name the first N differences (default 16)"
@@ -82,12 +96,21 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
 
 
-def _open(path: Path) -> tuple[Capture, Format]:
+def _capture(path: Path) -> Capture:
     from iokeep.mem.capture import Capture
+
+    return Capture.load(path)
+
+
+def _format(capture: Capture) -> Format:
     from iokeep.pt.registry import open_format
 
-    capture = Capture.load(path)
-    return capture, open_format(capture.format, capture.config)
+    return open_format(capture.format, capture.config)
+
+
+def _open(path: Path) -> tuple[Capture, Format]:
+    capture = _capture(path)
+    return capture, _format(capture)
 
 
 def _print_json(args: argparse.Namespace, document: dict[str, Any]) -> None:
@@ -142,13 +165,18 @@ def _show(args: argparse.Namespace) -> int:
     import numpy as np
 
     from iokeep.pt.gate import check, describe
-    from iokeep.pt.gate_profiles import PROFILES
+    from iokeep.pt.gate_file import document_of, find_gate
     from iokeep.pt.leaves import Leaves
     from iokeep.pt.tables import Problems, TableMemory, descend, expand, raise_unreadable
 
-    if args.gate is not None and args.gate not in PROFILES:
-        raise UsageError(f"--gate {args.gate[:64]!r} is no profile", f"profiles: {', '.join(PROFILES)}")
-    capture, fmt = _open(args.source)
+    gate = None if args.gate is None else find_gate(args.gate)
+    capture = _capture(args.source)
+    stages = table_nested.stages_of(args, capture)
+    if stages is not None:
+        if gate is not None:
+            raise UsageError("--gate looks at one table", "leave out --nested, or --stage1")
+        return _show_nested(args, stages)
+    fmt = _format(capture)
     tm = TableMemory(fmt, capture.memory)
     upper = descend(tm, capture.root_pa)
     raise_unreadable(fmt, upper.problems)
@@ -190,13 +218,14 @@ def _show(args: argparse.Namespace) -> int:
     possible = {lg2 for spec in fmt.levels for lg2 in spec.lg2s} | set(counts)
     leaves_by_size = {_lg2(lg2): counts.get(lg2, 0) for lg2 in sorted(possible)}
     descriptor = describe(fmt, capture.memory, capture.root_pa)
-    refused = [] if args.gate is None else check(fmt, descriptor, args.gate)
+    whose = args.source.resolve().name or "table"
+    refused = [] if gate is None else check(fmt, descriptor, gate)
     if args.json:
         document = {
             "source": str(args.source),
             **_described(fmt),
-            "descriptor": _descriptor(descriptor),
-            "gate": None if args.gate is None else {"profile": args.gate, "violations": refused},
+            "descriptor": document_of(descriptor, whose) | _descriptor(descriptor),
+            "gate": None if gate is None else {"profile": gate.name, "violations": refused},
             "spec": fmt.spec,
             "levels": len(fmt.levels),
             "input_bits": fmt.input_lg2,
@@ -238,14 +267,37 @@ def _show(args: argparse.Namespace) -> int:
         rows.append(("unknown", f"bits {bits:#x} in a {kind} of level {level}"))
     for level, bits in descriptor.stale:
         rows.append(("stale", f"bits {bits:#x} in items of level {level} that are not present"))
-    if args.gate is not None:
-        rows.append(("gate", f"{args.gate}: " + ("passes" if not refused else "refused")))
+    if gate is not None:
+        rows.append(("gate", f"{gate.name}: " + ("passes" if not refused else "refused")))
         rows += [("", text) for text in refused]
     if isinstance(capture.meta.get("kernel"), str):
         rows.insert(0, ("kernel", capture.meta["kernel"]))
     for name, text in rows:
         print(f"{name:8}{text}")
     return max(_warn(fmt, bad_items), int(bool(refused)))
+
+
+def _show_nested(args: argparse.Namespace, stages: tuple[Nested, str]) -> int:
+    nested, source = stages
+    found, problems = nested.extents()
+    one, two = nested.fmt, nested.fmt_two
+    if args.json:
+        document = {"source": str(args.source), **table_nested.described(*stages)}
+        ends = (None, None) if not len(found) else (int(found.iova[0]), int(found.last[-1]))
+        document |= {"mapped_bytes": found.mapped_bytes, "extents": len(found), "bad_items": len(problems)}
+        _print_json(args, document | {"first_iova": _hex(ends[0]), "last_iova": _hex(ends[1])})
+        return int(len(problems) > 0)
+    for line in table_nested.problem_lines(problems):
+        print(line, file=sys.stderr)
+    roots = ("stage 1", one, f"gpa {nested.root_gpa:#x}"), ("stage 2", two, f"pa {nested.root_pa:#x}")
+    for name, fmt, root in roots:
+        config = ", ".join(f"{key} {value}" for key, value in fmt.config.items())
+        size = f"{len(fmt.levels)} levels, {fmt.input_lg2}-bit input"
+        print(f"{name:8}{fmt.name} ({config}), root {root}, {size}")
+    print(f"{'from':8}{source}")
+    where = f" in {int(found.iova[0]):#x}-{int(found.last[-1]):#x}" if len(found) else ""
+    print(f"{'mapped':8}{_size(found.mapped_bytes)}{where}, {len(found)} extents iova -> pa")
+    return int(len(problems) > 0)
 
 
 def _descriptor(found: Descriptor) -> dict[str, Any]:
@@ -277,20 +329,24 @@ def _descriptor(found: Descriptor) -> dict[str, Any]:
 
 
 def _iova(text: str) -> int:
-    try:
-        value = int(text, 16) if text.lower().startswith("0x") else int(text)
-    except ValueError:
-        value = -1
-    if not 0 <= value < 1 << 64:
-        raise UsageError(f"{text[:40]!r} is no IOVA", "write 0x... or a decimal number below 2**64")
-    return value
+    return table_nested.number(text, "IOVA")
 
 
 def _walk(args: argparse.Namespace) -> int:
     from iokeep.pt.walk import walk
 
     iovas = [_iova(text) for text in args.iova]
-    capture, fmt = _open(args.source)
+    capture = _capture(args.source)
+    stages = table_nested.stages_of(args, capture)
+    if stages is not None:
+        both = [stages[0].walk(iova) for iova in iovas]
+        if args.json:
+            document = {"source": str(args.source), **table_nested.described(*stages)}
+            _print_json(args, {**document, "walks": [table_nested.walk_json(w) for w in both]})
+        else:
+            print("\n".join(line for w in both for line in table_nested.walk_lines(w)))
+        return 0
+    fmt = _format(capture)
     walks = [walk(fmt, capture.memory, capture.root_pa, iova) for iova in iovas]
     if args.json:
         _print_json(
@@ -330,31 +386,50 @@ def _walk(args: argparse.Namespace) -> int:
 
 
 def _extents(args: argparse.Namespace) -> int:
-    from iokeep.mem.capture import tsv_lines
+    from iokeep.mem.capture import attrs_text, tsv_lines
+    from iokeep.pt.attributes import attributed
     from iokeep.pt.extents import PROT_TEXT
     from iokeep.pt.leaves import extents
 
     if args.json and args.tsv:
         raise UsageError("--json and --tsv exclude each other")
-    capture, fmt = _open(args.source)
-    found, problems = extents(fmt, capture.memory, capture.root_pa)
-    code = _warn(fmt, problems)
+    capture = _capture(args.source)
+    stages = table_nested.stages_of(args, capture)
+    if stages is not None:
+        nested = stages[0]
+        found, wrong = nested.extents()
+        for line in table_nested.problem_lines(wrong):
+            print(line, file=sys.stderr)
+        code, bad_items = int(len(wrong) > 0), len(wrong)
+        said: dict[str, Any] = table_nested.described(*stages)
+        if args.attrs:
+            found = nested.attributed()
+    else:
+        fmt = _format(capture)
+        found, problems = extents(fmt, capture.memory, capture.root_pa)
+        if args.attrs:
+            found = attributed(fmt, capture.memory, capture.root_pa)
+        code, bad_items, said = _warn(fmt, problems), len(problems), _described(fmt)
     if args.tsv:
-        for text in tsv_lines(found.iova, found.last, found.pa, found.prot):
+        for text in tsv_lines(found.iova, found.last, found.pa, found.prot, found.attrs):
             sys.stdout.write(text)
         return code
+    attrs = [attrs_text(f) for f in found.attrs.tolist()] if found.attrs is not None else None
     columns = (found.iova.tolist(), found.last.tolist(), found.pa.tolist(), found.prot.tolist())
     if args.json:
         rows = [
             {"iova": _hex(a), "last": _hex(z), "pa": _hex(p), "length": _hex(z - a + 1), "prot": PROT_TEXT[q]}
             for a, z, p, q in zip(*columns, strict=True)
         ]
-        document: dict[str, Any] = {"source": str(args.source), **_described(fmt), "extents": rows}
-        document |= {"mapped_bytes": found.mapped_bytes, "bad_items": len(problems)}
+        for row, text in zip(rows, attrs or (), strict=False):
+            row["attrs"] = text
+        document: dict[str, Any] = {"source": str(args.source), **said, "extents": rows}
+        document |= {"mapped_bytes": found.mapped_bytes, "bad_items": bad_items}
         _print_json(args, document)
         return code
-    for a, z, p, q in zip(*columns, strict=True):
-        print(f"{a:#018x} {z:#018x} {p:#018x} {PROT_TEXT[q]}  {_size(z - a + 1)}")
+    for n, (a, z, p, q) in enumerate(zip(*columns, strict=True)):
+        more = "" if attrs is None else f"  {attrs[n]}"
+        print(f"{a:#018x} {z:#018x} {p:#018x} {PROT_TEXT[q]}  {_size(z - a + 1)}{more}")
     print(f"{len(found)} extents, {_size(found.mapped_bytes)}")
     return code
 
@@ -383,12 +458,12 @@ def _mismatch(m: Mismatch) -> dict[str, Any]:
     }
 
 
-def _layout(r: LayoutRange) -> dict[str, Any]:
+def _layout(r: LayoutRange, a: str = "a", b: str = "b") -> dict[str, Any]:
     return {
         "iova": _hex(r.iova),
         "last": _hex(r.last),
-        "leaf_bytes_a": 1 << r.lg2_a,
-        "leaf_bytes_b": 1 << r.lg2_b,
+        f"leaf_bytes_{a}": 1 << r.lg2_a,
+        f"leaf_bytes_{b}": 1 << r.lg2_b,
     }
 
 
@@ -429,7 +504,7 @@ def _refuse_loop(source: Path, v: Verdict) -> None:
         raise InputError(f"{source}: {first}", "check root_pa and the format's configuration")
 
 
-def _expected(args: argparse.Namespace, capture: Capture) -> tuple[Path, Extents]:
+def _expected(args: argparse.Namespace, capture: Capture) -> tuple[Path, Extents, U8 | None]:
     from iokeep.mem.capture import read_expected
     from iokeep.pt.extents import Extents
 
@@ -439,22 +514,36 @@ def _expected(args: argparse.Namespace, capture: Capture) -> tuple[Path, Extents
             f"{args.source} has no truth.tsv to verify against",
             "name expected extents with --against FILE.tsv",
         )
-    rows, attrs = read_expected(path)
-    return path, Extents(*rows, attrs)
+    rows, attrs, lg2 = read_expected(path)
+    return path, Extents(*rows, attrs), lg2
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from iokeep.pt.diff import traits_layout
     from iokeep.pt.verify import verify
+    from iokeep.pt.wanted import wanted_traits, with_bbm
 
     limit = _limit(args)
-    capture, fmt = _open(args.source)
-    path, expected = _expected(args, capture)
-    v = verify(fmt, capture.memory, capture.root_pa, expected, limit=limit)
+    capture = _capture(args.source)
+    stages = table_nested.stages_of(args, capture)
+    if stages is not None:
+        return _verify_nested(args, capture, stages, limit)
+    fmt = _format(capture)
+    path, expected, lg2 = _expected(args, capture)
+    wanted = wanted_traits(fmt, expected, lg2, str(path))
+    v = verify(fmt, capture.memory, capture.root_pa, expected, limit=limit, layout=traits_layout(wanted))
     _refuse_loop(args.source, v)
+    v = with_bbm(fmt, capture.memory, capture.root_pa, wanted, v, limit)
     if args.json:
-        _print_json(
-            args, {"source": str(args.source), "against": str(path), **_described(fmt), **_verdict(v)}
-        )
+        document = {"source": str(args.source), "against": str(path), **_described(fmt), **_verdict(v)}
+        document |= {
+            "layout_of": "kernel" if lg2 is None else "lg2",
+            "layout_equal": v.layout_equal,
+            "layout_total": v.layout_total,
+            "layout": [_layout(r, "expected", "found") for r in v.layout],
+            "bbm": _bbm(v, args.bbm or 0, "found", "expected"),
+        }
+        _print_json(args, document)
     elif v.equal:
         size = _size(v.table_bytes)
         print(f"equal: {v.pages} pages ({_size(v.pages << 12)}) proved, {size} of {fmt.name} tables")
@@ -463,10 +552,45 @@ def _verify(args: argparse.Namespace) -> int:
         _print_mismatches(v)
     if not args.json:
         _print_attrs(v)
+        _print_layout(v, "a kernel makes" if lg2 is None else "column lg2 says")
+        if v.bbm is not None and (v.equal or args.bbm is not None):
+            _print_bbm(v.bbm, args.bbm)
+    forbidden = args.bbm is not None and (v.bbm is None or not v.bbm.allowed(args.bbm))
+    return int(not v.equal or (args.layout and v.layout_equal is False) or forbidden)
+
+
+def _print_layout(v: Verdict, whose: str) -> None:
+    """Where the table is cut into other leaves than expected. Silent where nothing is to be said."""
+    if not v.layout:
+        return
+    print(f"layout differs from what {whose}: {v.layout_total} ranges (translations are not affected)")
+    for r in v.layout:
+        print(f"  iova {r.iova:#x}-{r.last:#x}: leaves of {_lg2(r.lg2_b)}, {whose} {_lg2(r.lg2_a)}")
+    if v.layout_total > len(v.layout):
+        print(f"  and {v.layout_total - len(v.layout)} more")
+
+
+def _verify_nested(args: argparse.Namespace, capture: Capture, stages: tuple[Nested, str], limit: int) -> int:
+    nested = stages[0]
+    path, expected, _ = _expected(args, capture)
+    v = nested.verify(expected, limit=limit)
+    _refuse_loop(args.source, v)
+    if args.json:
+        document = {"source": str(args.source), "against": str(path), **table_nested.described(*stages)}
+        _print_json(args, {**document, **_verdict(v)})
+        return int(not v.equal)
+    if v.equal:
+        names = f"{nested.fmt.name} under {nested.fmt_two.name}"
+        size = _size(v.table_bytes)
+        print(f"equal: {v.pages} pages ({_size(v.pages << 12)}) proved, {size} of {names} tables")
+    else:
+        print(f"different: {_differ(v)}")
+        _print_mismatches(v)
+    _print_attrs(v)
     return int(not v.equal)
 
 
-def _bbm(v: Verdict, level: int) -> dict[str, Any] | None:
+def _bbm(v: Verdict, level: int, a: str = "a", b: str = "b") -> dict[str, Any] | None:
     """May a live device be switched? None = it cannot be said."""
     if v.bbm is None:
         return None
@@ -480,8 +604,8 @@ def _bbm(v: Verdict, level: int) -> dict[str, Any] | None:
                 "iova": _hex(r.iova),
                 "last": _hex(r.last),
                 "kind": r.kind,
-                "leaf_bytes_a": None if r.lg2_a is None else 1 << r.lg2_a,
-                "leaf_bytes_b": None if r.lg2_b is None else 1 << r.lg2_b,
+                f"leaf_bytes_{a}": None if r.lg2_a is None else 1 << r.lg2_a,
+                f"leaf_bytes_{b}": None if r.lg2_b is None else 1 << r.lg2_b,
                 "allowed_from_level": r.level,
             }
             for r in v.bbm.ranges[level]

@@ -361,7 +361,8 @@ def _npy_header(file: IO[bytes], where: str) -> tuple[np.dtype[Any], tuple[int, 
 # -- truth.tsv -----------------------------------------------------------------------------------------
 
 _HEADER = b"iova\tpa\tlength\tprot\n"
-_HEADER_ATTRS = _HEADER[:-1] + b"\tattrs\n"
+#: further columns, which may follow in any order
+_FURTHER = (b"attrs", b"lg2")
 #: attrs of a TSV file -> IOMMU_CACHE, IOMMU_NOEXEC, IOMMU_MMIO, IOMMU_PRIV
 ATTRS = {"cache": 1 << 2, "noexec": 1 << 3, "mmio": 1 << 4, "priv": 1 << 5}
 _LINE = re.compile(rb"(0x[0-9a-f]{1,16})\t(0x[0-9a-f]{1,16})\t(0x[0-9a-f]{1,17})\t(rw|r-|-w)")
@@ -375,33 +376,40 @@ def read_tsv(path: str | Path) -> ExtentRows:
     return read_expected(path)[0]
 
 
-def read_expected(path: str | Path) -> tuple[ExtentRows, U8 | None]:
-    """:func:`read_tsv`, and the IOMMU_* flags of each extent where there is a fifth column ``attrs``.
+def read_expected(path: str | Path) -> tuple[ExtentRows, U8 | None, U8 | None]:
+    """:func:`read_tsv`, the IOMMU_* flags of each extent where there is a column ``attrs``, and log2 of its
+    leaves' bytes where there is a column ``lg2``.
 
-    ``attrs`` is "-", or names of :data:`ATTRS` with commas between.
+    ``attrs`` is "-", or names of :data:`ATTRS` with commas between; ``lg2`` is a decimal number, 10 ... 63.
 
     :raises InputError: naming file and line of what is wrong.
     """
     path = Path(path)
     parts: list[ExtentRows] = []
     flags: list[U8] = []
+    sizes: list[U8] = []
+    further: list[bytes] = []
     try:
         if path.stat().st_size > TSV_LIMIT:
             raise InputError(f"{path}: more than {TSV_LIMIT} bytes")
         with path.open("rb") as file:
             header = file.readline(64)
-            if header not in (_HEADER, _HEADER_ATTRS):
+            base, _, rest = header.rstrip(b"\n").partition(b"prot")
+            further = rest.split(b"\t")[1:]
+            known = rest[:1] in (b"", b"\t") and len(set(further)) == len(further)
+            if base + b"prot\n" != _HEADER or not known or any(name not in _FURTHER for name in further):
                 raise InputError(
                     f"{path}: line 1: not the header iova, pa, length, prot (tab-separated)",
-                    "a fifth column, attrs, may follow",
+                    "columns attrs and lg2 may follow",
                 )
             number, before = 2, -1
             while block := file.read(_BLOCK):
                 if not block.endswith(b"\n"):
                     block += file.readline(128)
-                if header == _HEADER_ATTRS:
-                    block, more = _split_attrs(block, path, number)
-                    flags.append(more)
+                for name in reversed(further):
+                    split, into = (_split_attrs, flags) if name == b"attrs" else (_split_lg2, sizes)
+                    block, more = split(block, path, number)
+                    into.append(more)
                 rows = _parse_fast(block)
                 if rows is None or int(rows[0][0]) <= before:
                     rows = _parse_lines(block, path, number, before)
@@ -410,15 +418,36 @@ def read_expected(path: str | Path) -> tuple[ExtentRows, U8 | None]:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
     if not parts:
-        none, no_flags = np.zeros(0, np.uint64), np.zeros(0, np.uint8)
-        return (none, none, none, no_flags), no_flags if header == _HEADER_ATTRS else None
+        none, nothing = np.zeros(0, np.uint64), np.zeros(0, np.uint8)
+        attrs, lg2 = (nothing if name in further else None for name in _FURTHER)
+        return (none, none, none, nothing), attrs, lg2
     rows = (
         np.concatenate([p[0] for p in parts]),
         np.concatenate([p[1] for p in parts]),
         np.concatenate([p[2] for p in parts]),
         np.concatenate([p[3] for p in parts]),
     )
-    return rows, np.concatenate(flags) if flags else None
+    return rows, np.concatenate(flags) if flags else None, np.concatenate(sizes) if sizes else None
+
+
+def _shown(text: bytes) -> str:
+    return repr(text[:60].decode("ascii", "replace"))
+
+
+def _split_lg2(block: bytes, path: Path, number: int) -> tuple[bytes, U8]:
+    """Lines without their last column, and the leaf size that it says."""
+    lines: list[bytes] = []
+    sizes: list[int] = []
+    for line in block.removesuffix(b"\n").split(b"\n"):
+        rest, _, text = line.rpartition(b"\t")
+        if not re.fullmatch(rb"[1-9][0-9]", text) or int(text) > 63:
+            raise InputError(
+                f"{path}: line {number + len(lines)}: lg2 {_shown(text)} is no log2 of a leaf's bytes",
+                "lg2 is a decimal number: 12 is 4K, 21 is 2M, 30 is 1G",
+            )
+        lines.append(rest)
+        sizes.append(int(text))
+    return b"\n".join(lines) + b"\n", np.array(sizes, np.uint8)
 
 
 def _split_attrs(block: bytes, path: Path, number: int) -> tuple[bytes, U8]:
@@ -434,7 +463,7 @@ def _split_attrs(block: bytes, path: Path, number: int) -> tuple[bytes, U8]:
             for name in text.decode("ascii", "replace").split(","):
                 if name not in ATTRS:
                     raise InputError(
-                        f"{path}: line {number + len(lines)}: attrs {text[:60]!r} is not known",
+                        f"{path}: line {number + len(lines)}: attrs {_shown(text)} is not known",
                         f"attrs is -, or of {', '.join(ATTRS)} with commas between",
                     )
                 value |= ATTRS[name]
@@ -525,9 +554,20 @@ def _parse_lines(block: bytes, path: Path, number: int, before: int) -> ExtentRo
     )
 
 
-def tsv_lines(iova: U64, last: U64, pa: U64, prot: U8) -> Iterable[str]:
-    """The text of a TSV file, some thousand lines at a time."""
+def attrs_text(flags: int) -> str:
+    """``attrs`` of a TSV file."""
+    return ",".join(name for name, flag in ATTRS.items() if flags & flag) or "-"
+
+
+def tsv_lines(iova: U64, last: U64, pa: U64, prot: U8, attrs: U8 | None = None) -> Iterable[str]:
+    """The text of a TSV file, some thousand lines at a time; ``attrs``: the column, None = without it."""
     names = {bits: text for text, bits in PROT.items()}
+    if attrs is not None:
+        yield _HEADER.decode().replace("\n", "\tattrs\n")
+        columns = (iova.tolist(), last.tolist(), pa.tolist(), prot.tolist(), attrs.tolist())
+        for a, z, p, q, f in zip(*columns, strict=True):
+            yield f"{a:#x}\t{p:#x}\t{z - a + 1:#x}\t{names[q]}\t{attrs_text(f)}\n"
+        return
     yield _HEADER.decode()
     for lo in range(0, len(iova), 8192):
         hi = lo + 8192

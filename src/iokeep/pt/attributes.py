@@ -9,7 +9,7 @@ Linux looks at MMIO first).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -21,7 +21,7 @@ from iokeep.pt.compare import Spans, clip
 from iokeep.pt.extents import Extents
 from iokeep.pt.formats.base import CACHE, MMIO, TERMS, Bits, Format
 from iokeep.pt.leaves import Leaves, upper_within
-from iokeep.pt.tables import ATTRS, Items, Problems, TableMemory, descend, expand
+from iokeep.pt.tables import ATTRS, Items, Problems, TableMemory, descend, expand, raise_unreadable
 
 _ONE = np.uint64(1)
 _MAX = np.uint64(2**64 - 1)
@@ -193,6 +193,18 @@ class Common:
         self.not_compared = tuple(dict.fromkeys(missing))
         self.names = [(name, 1) for name in self.compared[: len(self.flags)]] + self.fields
 
+    @classmethod
+    def of_flags(cls, flags: Collection[int]) -> Common:
+        """Only these IOMMU_* flags are compared."""
+        out = cls.__new__(cls)
+        out.flags = [flag for flag in TERMS.values() if flag in flags]
+        out.fields = []
+        said = {flag: name for name, flag in TERMS.items()}
+        out.compared = tuple(said[flag] for flag in out.flags)
+        out.not_compared = tuple(name for name, flag in TERMS.items() if flag not in out.flags)
+        out.names = [(name, 1) for name in out.compared]
+        return out
+
     def project(self, side: Attributes, word: U64, said: U64) -> tuple[U64, U64]:
         """Words of one side in the common packing, and which bits they state."""
         out, stated = np.zeros(len(word), np.uint64), np.zeros(len(word), np.uint64)
@@ -333,6 +345,66 @@ def compare_tables(fmt_a: Format, a: Traits, fmt_b: Format, b: Traits) -> Differ
     """Where both tables let something pass and say different attributes; a is what is expected."""
     common = Common(Attributes(fmt_a), Attributes(fmt_b))
     return _differences(common, _living(fmt_a, common, a), _living(fmt_b, common, b))
+
+
+def flags_of(attributes: Attributes, items: Items) -> tuple[U8, U8]:
+    """The IOMMU_* flags of each leaf, and whether it leaves the memory type to the other stage of two (1),
+    decides it alone (2), or neither (0): ``Format.outranks``.
+    """
+    fmt = attributes.fmt
+    word, _ = attributes.words(items)
+    flags = np.zeros(len(items), np.uint8)
+
+    def has(field: str, values: tuple[int, ...]) -> NDArray[np.bool_]:
+        shift, width = attributes.places[field]
+        value = (word >> np.uint64(shift)) & np.uint64((1 << width) - 1)
+        return np.isin(value, np.array(values, np.uint64))
+
+    for flag, field, values in fmt.terms:
+        flags[has(field, values)] |= np.uint8(flag)
+    if fmt.outranks is None:
+        return flags, np.zeros(len(items), np.uint8)
+    return flags, np.where(has(*fmt.outranks), np.uint8(1), np.uint8(2)).astype(np.uint8)
+
+
+def attributed(fmt: Format, mem: Memory, root_pa: int) -> Extents:
+    """The canonical extents of a table with the IOMMU_* flags that the format can say in ``attrs``.
+
+    :raises MemoryAbsent, InputError: as :func:`iokeep.pt.leaves.extents`.
+    """
+    tm = TableMemory(fmt, mem)
+    upper = descend(tm, root_pa)
+    raise_unreadable(fmt, upper.problems)
+    attributes = Attributes(fmt)
+    parts: list[Extents] = []
+    lower = (items for items, _ in expand(tm, upper.base, upper.pa, upper.row, upper.prot))
+    for items in (upper.leaves, *lower):
+        alive = items.take(items.prot != 0)
+        leaves = Leaves.of(fmt, alive)
+        flags, _ = flags_of(attributes, alive)
+        parts.append(Extents(leaves.iova, leaves.last, leaves.pa, leaves.prot, flags).canonical())
+    return join_attributed(parts)
+
+
+def join_attributed(parts: list[Extents]) -> Extents:
+    """One canonical :class:`Extents` with ``attrs`` from disjoint parts in any order."""
+    if not parts:
+        none = np.zeros(0, np.uint64), np.zeros(0, np.uint8)
+        return Extents(none[0], none[0], none[0], none[1], none[1])
+    columns = [
+        np.concatenate([getattr(p, c) for p in parts]) for c in ("iova", "last", "pa", "prot", "attrs")
+    ]
+    order = np.argsort(columns[0], kind="stable")
+    return Extents(*(c[order] for c in columns)).canonical()
+
+
+def compare_said(common: Common, expected: Extents, found: Extents) -> Differences:
+    """Where extents with flags have others than expected, in the flags of ``common``."""
+    sides = []
+    for e in (expected, found):
+        flags = np.zeros(len(e), np.uint8) if e.attrs is None else e.attrs
+        sides.append((e.iova, e.last, *common.project_flags(flags)))
+    return _differences(common, sides[0], sides[1])
 
 
 def compare_flags(expected: Extents, fmt: Format, found: Traits) -> Differences:

@@ -185,14 +185,14 @@ class Table:
         if len(spec.next_levels) > 1 and len(items):
             mask, value, _ = spec.next_levels[0]
             if bool(((items & np.uint64(mask)) != np.uint64(value)).any()):
-                raise ValueError(f"a level {level} item skips levels: Linux makes and changes no such table")
+                raise ValueError(_skips(level))
         return spec.table_pas(items)
 
     def _table(self, level: int, item: int) -> int:
         """:meth:`_below` of one item."""
         spec = self.fmt.levels[level]
         if len(spec.next_levels) > 1 and spec.next_level(item, level) != level - 1:
-            raise ValueError(f"a level {level} item skips levels: Linux makes and changes no such table")
+            raise ValueError(_skips(level))
         return spec.table_pa(item)
 
     def _leaf_words(self, level: int, contig: Contig | None, pa: U64, prot: U8) -> U64:
@@ -834,3 +834,11 @@ def _places(seg: _Segments, rows: I64, part: slice, items: int) -> tuple[I64, I6
     owner = np.repeat(np.arange(len(count)), count)
     inner = np.arange(total) - np.repeat(np.cumsum(count) - count, count)
     return base[owner] + inner, owner, inner
+
+
+def _skips(level: int) -> str:
+    return (
+        f"a level {level} item leads further down than level {level - 1}: such a table can be walked, "
+        "verified and compared, but not changed here, and none is built (nor does Linux make one: "
+        "amdv1pt_install_table() always writes the level below)"
+    )

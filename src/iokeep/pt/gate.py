@@ -192,12 +192,22 @@ def _count(
         unknown[level, "leaf"] = unknown.get((level, "leaf"), 0) | extra
 
 
-def check(fmt: Format, found: Descriptor, profile: str) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What one kernel takes, by format; from ``gate_profiles``, or from a file (``gate_file``)."""
+
+    name: str
+    formats: Mapping[str, Allowed]
+
+
+def check(fmt: Format, found: Descriptor, gate: str | Gate) -> list[str]:
     """Every way in which a table is not what the kernel of a profile is known to make; [] = it passes.
 
-    :param profile: a name of ``gate_profiles.PROFILES``. :raises KeyError: there is none of that name.
+    :param gate: a gate, or a name of ``gate_profiles.PROFILES``. :raises KeyError: there is none.
     """
-    allowed: Allowed | None = PROFILES[profile].get(found.name)
+    if isinstance(gate, str):
+        gate = Gate(gate, PROFILES[gate])
+    allowed, profile = gate.formats.get(found.name), gate.name
     if allowed is None:
         return [f"format {found.name}: {profile} does not make it"]
     out = []
@@ -206,7 +216,7 @@ def check(fmt: Format, found: Descriptor, profile: str) -> list[str]:
             out.append(
                 f"configuration {key} = {found.config[key]}: {profile} has {', '.join(map(str, values))}"
             )
-    sizes = fmt.leaf_lg2s
+    sizes = fmt.leaf_lg2s if allowed.sizes is None else allowed.sizes
     out += [f"leaves of 2**{lg2} bytes: {profile} makes none" for lg2 in found.sizes if lg2 not in sizes]
     for what, seen, named in (("leaf", found.leaf, allowed.leaf), ("table item", found.table, allowed.table)):
         for name, present in seen.items():

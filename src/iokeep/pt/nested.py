@@ -7,6 +7,9 @@ Arm Architecture Reference Manual DDI 0487, chapter D8; RISC-V Privileged Archit
 Translation"):
 
 * A device may do what both stages let it do.
+* Memory attributes combine: never executable where either stage says so, privileged where stage 1 says so,
+  and of the memory types the weaker (device before normal, not cacheable before cacheable), unless a format
+  says that one stage decides (``Format.outranks``: Arm's FWB, RISC-V's PBMT).
 * Stage 2 must let each item of stage 1 be read. (Hardware that sets accessed and dirty bits in stage 1 needs
   writes as well; that depends on its configuration, and is not asked for here.)
 * Tables of stage 1 need not be contiguous in memory: a table larger than stage 2's pages is put together.
@@ -18,6 +21,7 @@ loop: reported, not followed.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,10 +30,19 @@ from numpy.typing import NDArray
 from iokeep.errors import InputError, MemoryAbsent
 from iokeep.mem.capture import PageMemory
 from iokeep.mem.memory import I64, U8, U64, Memory, Rows
+from iokeep.pt.attributes import (
+    Attributes,
+    Common,
+    Differences,
+    compare_said,
+    flags_of,
+    join_attributed,
+    judged,
+)
 from iokeep.pt.compare import Comparison, Found, Mismatch, Spans, Verdict, find
 from iokeep.pt.diff import normalised
 from iokeep.pt.extents import PROT_R, PROT_TEXT, Extents
-from iokeep.pt.formats.base import Format
+from iokeep.pt.formats.base import CACHE, MMIO, NOEXEC, PRIV, Format
 from iokeep.pt.leaves import Leaves, join_extents
 from iokeep.pt.tables import (
     ABSENT,
@@ -279,16 +292,20 @@ class Nested:
 
     :param fmt: format of stage 1. :param root_gpa: gpa of its root table.
     :param fmt_two: format of stage 2. :param root_pa: pa of its root table. :param mem: memory by pa.
+    :param prot: what the entries above both tables let through.
     :raises InputError: a root that is not aligned, or a stage 2 that is no table.
     :raises MemoryAbsent: the root of stage 2 is absent.
     """
 
-    def __init__(self, fmt: Format, root_gpa: int, fmt_two: Format, root_pa: int, mem: Memory) -> None:
+    def __init__(
+        self, fmt: Format, root_gpa: int, fmt_two: Format, root_pa: int, mem: Memory, prot: int = 3
+    ) -> None:
         if root_gpa % fmt.root_align or root_gpa >> 64 or root_gpa < 0:
             raise InputError(f"stage 1: root_gpa {root_gpa:#x} is not a multiple of {fmt.root_align:#x}")
         self.fmt, self.root_gpa = fmt, root_gpa
         self.fmt_two, self.root_pa = fmt_two, root_pa
         self.mem = mem
+        self.prot = prot
         tm = TableMemory(fmt_two, mem)
         upper = descend(tm, root_pa)
         parts, problems = [Leaves.of(fmt_two, upper.leaves).extents()], [upper.problems]
@@ -297,7 +314,9 @@ class Nested:
             problems.append(bad)
         #: what stage 2 translates, by gpa
         self.mapped = join_extents(parts)
-        self._bad_two = _by_address(fmt_two, Problems.join(problems), 2)
+        self._problems_two = Problems.join(problems)
+        self._bad_two = _by_address(fmt_two, self._problems_two, 2)
+        self._upper_two = upper
         self._bytes = upper.visited_bytes(fmt_two)
         self._tables_two = _ranges(fmt_two, upper)
         #: guest-physical memory
@@ -348,7 +367,7 @@ class Nested:
         if two.pa is None:
             why = f"stage 2: gpa {one.pa:#x}, to which stage 1 translates iova {iova:#x}: {two.why}"
             return end(2, _level(two), why, one.pa, two)
-        prot = one.prot & two.prot
+        prot = one.prot & two.prot & self.prot
         if not prot:
             why = (
                 f"stage 2: gpa {one.pa:#x} for iova {iova:#x}: stage 1 grants {PROT_TEXT[one.prot]}, stage 2 "
@@ -382,15 +401,23 @@ class Nested:
 
         What is translated with no permission left by both stages counts as nothing. "-w" counts as "rw"
         where neither format has write-only. An absent or looping table of either stage is a mismatch.
-        How both stages' memory attributes combine is not judged: only values that a format has one of count.
+        Where ``expected`` has ``attrs``, the IOMMU_* flags that either stage can say are compared as both
+        stages make them together; elsewhere only values that a format has one of count.
 
         :param limit: so many mismatches are named; all are counted.
         :raises StageTwoFault, MemoryAbsent: the root of stage 1 is not there.
         """
-        found, problems, upper = self._compose()
+        stated = expected.attrs is not None
+        found, problems, upper = self._compose(attributes=stated)
+        differences: Differences | None = None
+        if stated:
+            common = Common.of_flags(self.said)
+            differences = compare_said(common, expected, self.attributed())
         expected = normalised(expected, self.fmt.write_only or self.fmt_two.write_only)
         hard, soft = problems.of(soft=False), problems.of(soft=True)
         comparison = Comparison(limit)
+        if differences is not None and len(differences):
+            comparison = Comparison(limit, differences.spans(), differences.texts)
         levels = np.full(len(found), _NO_LEVEL, np.uint8)
         comparison.window(
             0, _MAX, expected, Found(found.iova, found.last, found.pa, found.prot, levels),
@@ -404,6 +431,8 @@ class Nested:
             pages=(expected.mapped_bytes - comparison.failed_bytes) >> 12,
             differ=comparison.differ(),
             table_bytes=upper.visited_bytes(self.fmt) + self._bytes,
+            attrs_compared=None if differences is None else differences.common.compared,
+            attrs_not_compared=() if differences is None else differences.common.not_compared,
         )
 
     def _named(self, m: Mismatch, hard: NestedProblems, soft: NestedProblems) -> Mismatch:
@@ -527,10 +556,17 @@ class Nested:
             seen = np.union1d(seen, hosts)
         return np.zeros(0, np.uint64)
 
-    def _compose(self) -> tuple[Extents, NestedProblems, Upper]:
-        """What both stages translate, what is wrong, and the upper levels of stage 1."""
+    def _compose(self, *, attributes: bool = False) -> tuple[Extents, NestedProblems, Upper]:
+        """What both stages translate, what is wrong, and the upper levels of stage 1.
+
+        :param attributes: attributes that flags state are compared by the caller, and so are no problems.
+        """
         fmt = self.fmt
         tm, upper = self._descend()
+        bad_two = self._bad_two
+        if attributes:
+            bad_two = _by_address(self.fmt_two, judged(self.fmt_two, self._problems_two), 2)
+            upper.problems = judged(fmt, upper.problems)
         above = upper.problems
         if len(self.guest.banned) and len(above):
             absent = np.flatnonzero(above.reason == ABSENT)
@@ -540,8 +576,8 @@ class Nested:
                 above.reason[mine[loops]] = LOOP
         bad = [_by_address(fmt, above, 1)]
         parts: list[Extents] = []
-        left = ALIAS_LIMIT + len(self.mapped) + len(self._bad_two)
-        hard, soft = self._bad_two.of(soft=False), self._bad_two.of(soft=True)
+        left = ALIAS_LIMIT + len(self.mapped) + len(bad_two)
+        hard, soft = bad_two.of(soft=False), bad_two.of(soft=True)
 
         def through(found: Leaves) -> None:
             nonlocal left
@@ -549,7 +585,7 @@ class Nested:
             owner, other, first, end = _cut(one, self.mapped.iova, self.mapped.last, left + len(one))
             left -= max(len(owner) - len(one), 0)
             iova = one.iova[owner] + (first - one.pa[owner])
-            prot = one.prot[owner] & self.mapped.prot[other]
+            prot = one.prot[owner] & self.mapped.prot[other] & np.uint8(self.prot)
             pa = self.mapped.pa[other] + (first - self.mapped.iova[other])
             keep = prot != 0
             last = iova + (end - first)
@@ -566,10 +602,100 @@ class Nested:
         if len(upper.leaves):
             through(Leaves.of(fmt, upper.leaves))
         for items, wrong in expand(tm, upper.base, upper.pa, upper.row, upper.prot):
+            if attributes:
+                wrong = judged(fmt, wrong)
             if len(wrong):
                 bad.append(_by_address(fmt, wrong, 1))
             through(Leaves.of(fmt, items))
         return join_extents(parts), NestedProblems.join(bad), upper
+
+    # -- memory attributes -----------------------------------------------------------------------------
+
+    @property
+    def said(self) -> frozenset[int]:
+        """The IOMMU_* flags that both stages together can say; IOMMU_PRIV is stage 1's alone."""
+        two = {flag for flag, _, _ in self.fmt_two.terms} - {PRIV}
+        return frozenset({flag for flag, _, _ in self.fmt.terms} | two)
+
+    def attributed(self) -> Extents:
+        """The canonical extents of :meth:`extents` with the IOMMU_* flags of both stages in ``attrs``.
+
+        :raises StageTwoFault, MemoryAbsent, InputError: as :meth:`extents`.
+        """
+        two = _Typed.join(_typed(self.fmt_two, TableMemory(self.fmt_two, self.mem), self._upper_two))
+        tm, upper = self._descend()
+        one_says, two_says = ({flag for flag, _, _ in fmt.terms} for fmt in (self.fmt, self.fmt_two))
+        left = ALIAS_LIMIT + len(two.extents)
+        parts: list[Extents] = []
+        for one in _typed(self.fmt, tm, upper):
+            e, t = one.extents, two.extents
+            owner, other, first, end = _cut(e, t.iova, t.last, left + len(e))
+            left -= max(len(owner) - len(e), 0)
+            iova = e.iova[owner] + (first - e.pa[owner])
+            prot = e.prot[owner] & t.prot[other] & np.uint8(self.prot)
+            flags = _combined(
+                (one.flags[owner], one.rank[owner], one_says), (two.flags[other], two.rank[other], two_says)
+            )
+            keep = prot != 0
+            pa, last = t.pa[other] + (first - t.iova[other]), iova + (end - first)
+            parts.append(Extents(iova[keep], last[keep], pa[keep], prot[keep], flags[keep]))
+        return join_attributed(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Typed:
+    """Extents of one stage with the flags and the rank (``attributes.flags_of``) of each."""
+
+    extents: Extents
+    flags: U8
+    rank: U8
+
+    @classmethod
+    def join(cls, parts: Iterable[_Typed]) -> _Typed:
+        some = list(parts)
+        if not some:
+            none = np.zeros(0, np.uint8)
+            return cls(Extents.empty(), none, none)
+        names = ("iova", "last", "pa", "prot")
+        columns = [np.concatenate([getattr(p.extents, c) for p in some]) for c in names]
+        order = np.argsort(columns[0], kind="stable")
+        flags, rank = (np.concatenate([getattr(p, c) for p in some])[order] for c in ("flags", "rank"))
+        return cls(Extents(*(c[order] for c in columns)), flags, rank)
+
+
+def _typed(fmt: Format, tm: TableMemory, upper: Upper) -> Iterator[_Typed]:
+    """The leaves of a stage that let anything pass, in runs that are alike."""
+    attributes = Attributes(fmt)
+    lower = (items for items, _ in expand(tm, upper.base, upper.pa, upper.row, upper.prot))
+    for items in (upper.leaves, *lower) if len(upper.leaves) else lower:
+        flags, rank = flags_of(attributes, items)
+        leaves = Leaves.of(fmt, items)
+        alive = leaves.prot != 0
+        iova, last, pa, prot = (c[alive] for c in (leaves.iova, leaves.last, leaves.pa, leaves.prot))
+        runs = _unwrapped(Extents(iova, last, pa, prot, flags[alive] | rank[alive]).canonical())
+        both = np.zeros(0, np.uint8) if runs.attrs is None else runs.attrs
+        bare = Extents(runs.iova, runs.last, runs.pa, runs.prot)
+        yield _Typed(bare, both & np.uint8(0xFC), both & np.uint8(3))
+
+
+def _combined(one: tuple[U8, U8, set[int]], two: tuple[U8, U8, set[int]]) -> U8:
+    """Flags of both stages together; each side: flags, rank, and what its format can say."""
+    f1, f2 = one[0], two[0]
+    out = (f1 | f2) & np.uint8(NOEXEC) | f1 & np.uint8(PRIV)
+    kind = np.uint8(CACHE | MMIO)
+
+    def side(flags: U8, rank: U8, says: set[int]) -> U8:
+        # A stage that cannot say it, or leaves it to the other, changes nothing: as if cacheable.
+        plain = flags | np.uint8(0 if CACHE in says else CACHE)
+        return np.where(rank == 1, np.uint8(CACHE), plain).astype(np.uint8)
+
+    a, b = side(*one), side(*two)
+    device = (a | b) & np.uint8(MMIO)
+    weaker = np.where(device != 0, device, a & b & np.uint8(CACHE))
+    typed = np.where(two[1] == 2, f2 & kind, np.where(one[1] == 2, f1 & kind, weaker)).astype(np.uint8)
+    if CACHE not in one[2] | two[2]:
+        typed &= np.uint8(~CACHE & 0xFF)
+    return (out | typed).astype(np.uint8)
 
 
 _LOOP_TEXT = (
@@ -623,6 +749,7 @@ def _unwrapped(e: Extents) -> Extents:
         np.concatenate((last, tail.last))[order],
         np.concatenate((e.pa, tail.pa))[order],
         np.concatenate((e.prot, tail.prot))[order],
+        None if e.attrs is None else np.concatenate((e.attrs, e.attrs[wraps]))[order],
     )
 
 

@@ -114,5 +114,8 @@ def open_format(config: Mapping[str, object]) -> Format:
         levels=tuple(_level(number, geometry, full) for number in range(geometry.levels)),
         table_bytes=full["granule"],
         terms=TERMS[full["fwb"]],
+        # With FWB stage 2 decides, but for 0b0111, which takes stage 1's type (DDI 0487, chapter D8, "Stage 2
+        # memory type and Cacheability attributes when FEAT_S2FWB"); without, the types combine.
+        outranks=("memattr_fwb", (7,)) if full["fwb"] else None,
         features=MappingProxyType({"lpa2": geometry.lpa2, "fwb": bool(full["fwb"])}),
     )

@@ -362,6 +362,9 @@ class Format:
         is not always what hardware takes for absent (``valid_mask``): ``iommu_iova_to_phys`` and the
         -EADDRINUSE of
         ``iommu_map`` follow this one.
+    :param outranks: (field, values): in two-stage translation a leaf decides the memory type (IOMMU_CACHE,
+        IOMMU_MMIO) alone unless this field has one of the values, which leave it to the other stage. None:
+        the weaker type of both stages holds.
     :param terms: (flag, field, values): a leaf has the IOMMU_* flag where the field of ``memory`` has one of
         the values. What is not here the format cannot say.
     """
@@ -380,6 +383,7 @@ class Format:
     occupied_mask: int = 2**64 - 1
     features: Mapping[str, bool] = field(default_factory=lambda: MappingProxyType({}))
     terms: tuple[tuple[int, str, tuple[int, ...]], ...] = ()
+    outranks: tuple[str, tuple[int, ...]] | None = None
 
     @property
     def top_level(self) -> int:

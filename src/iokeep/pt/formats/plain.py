@@ -74,16 +74,20 @@ def first_stage(item: int, level: int, config: dict[str, int]) -> Entry | None:
     cache = _bit(item, 3) or _bit(item, 4)
     can_be_leaf = size <= config["max_leaf_lg2"]
     leaf = level == 0 or (can_be_leaf and _bit(item, 7))
+    c_bit = config.get("c_bit", 0)
+    plain = bool(c_bit) and not _bit(item, c_bit)
+    if c_bit:
+        item &= ~(1 << c_bit)
     above = haw < 52 and _field(item, 51, haw) != 0
     if leaf:
         pat = _bit(item, 7) if level == 0 else _bit(item, 12)
         below = size > 13 and _field(item, size - 1, 13) != 0
-        attrs = cache or pat or _bit(item, 8) or execute_disable
+        attrs = cache or pat or _bit(item, 8) or execute_disable or plain
         pa = _field(item, haw - 1, size) << size
         return Entry(True, pa, user, user and writable, above or below, attrs)
     ps = _bit(item, 7) and not can_be_leaf
     pa = _field(item, haw - 1, 12) << 12
-    return Entry(False, pa, user, user and writable, above or ps, cache or execute_disable)
+    return Entry(False, pa, user, user and writable, above or ps, cache or execute_disable or plain)
 
 
 def amd_v1(item: int, level: int, config: dict[str, int]) -> Entry | None:

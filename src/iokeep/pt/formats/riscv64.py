@@ -147,5 +147,7 @@ def open_format(config: Mapping[str, object]) -> Format:
         # riscvpt_load_entry_raw() looks at V alone.
         occupied_mask=V,
         terms=((NOEXEC, "x", (0,)), *PBMT_TERMS) if full["svpbmt"] else ((NOEXEC, "x", (0,)),),
+        # Svpbmt with two stages: the first stage's type overrides the second's where it is not PMA.
+        outranks=("pbmt", (0,)) if first and full["svpbmt"] else None,
         features=MappingProxyType({"svnapot": bool(full["svnapot"]), "sign_extend": first}),
     )

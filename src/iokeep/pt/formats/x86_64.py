@@ -44,12 +44,14 @@ from iokeep.pt.formats.config import integers
 SPEC = "Intel SDM volume 3, section 4.5; Intel VT-d Architecture Specification rev. 4.1 (D51397), section 9.7"
 
 #: key -> (default, values). levels: 4, or 5 with FSPM (9.6) / CR4.LA57; output_bits = HAW; max_leaf_lg2 from
-#: CAP_REG.FS1GP; sign_extend 0 = AMD's PASID 0 use without canonical IOVAs (x86_64.h, PT_FEAT_SIGN_EXTEND).
+#: CAP_REG.FS1GP; c_bit = number of AMD's memory encryption bit (PT_FEAT_X86_64_AMD_ENCRYPT_TABLES), 0 = none;
+#: sign_extend 0 = AMD's PASID 0 use without canonical IOVAs (x86_64.h, PT_FEAT_SIGN_EXTEND).
 CONFIG = {
     "levels": (4, (4, 5)),
     "output_bits": (52, tuple(range(36, 53))),
     "max_leaf_lg2": (30, (12, 21, 30)),
     "sign_extend": (1, (0, 1)),
+    "c_bit": (0, (0, *range(43, 52))),
 }
 
 
@@ -67,6 +69,8 @@ IGNORED_HIGH, XD = _bits(62, 52), 1 << 63
 def _level(number: int, config: Mapping[str, int]) -> LevelSpec:
     shift = 12 + 9 * number
     output = config["output_bits"]
+    encrypted = 1 << config["c_bit"] if config["c_bit"] else 0
+    above = _bits(51, output) & ~encrypted
     may_leaf = shift <= config["max_leaf_lg2"]
     large = number > 0
     return LevelSpec(
@@ -78,8 +82,8 @@ def _level(number: int, config: Mapping[str, int]) -> LevelSpec:
         # A PTE is always a leaf; PDE and PDPTE by PS.
         leaf_mask=PS if large and may_leaf else 0,
         leaf_value=PS if large and may_leaf else 0,
-        table_pa_mask=_bits(output - 1, 12) if large else 0,
-        leaf_pa_mask=_bits(output - 1, shift),
+        table_pa_mask=_bits(output - 1, 12) & ~encrypted if large else 0,
+        leaf_pa_mask=_bits(output - 1, shift) & ~encrypted,
         r_mask=P | US,
         r_value=P | US,
         w_mask=P | US | RW,
@@ -88,18 +92,19 @@ def _level(number: int, config: Mapping[str, int]) -> LevelSpec:
         tr_value=US,
         tw_mask=US | RW,
         tw_value=US | RW,
-        leaf_reserved=_bits(51, output) | _bits(shift - 1, 13),
+        leaf_reserved=above | _bits(shift - 1, 13),
         # PS is reserved where the level, or this hardware (FS1GP), has no leaf of that size.
-        table_reserved=_bits(51, output) | (0 if may_leaf else PS),
+        table_reserved=above | (0 if may_leaf else PS),
         leaf_ignored=A | D | SW | EA | AVL11 | IGNORED_HIGH,
         table_ignored=A | D | G | SW | EA | AVL11 | IGNORED_HIGH,
         # Linux presets A, and D where the leaf may be written (x86_64_pt_iommu_set_prot).
-        leaf_base=P | US | A | (PS if large else 0),
-        table_base=P | RW | US | A | SW,
+        leaf_base=P | US | A | (PS if large else 0) | encrypted,
+        table_base=P | RW | US | A | SW | encrypted,
         prot_bits=(0, 0, RW | D, RW | D),
-        leaf_attrs=PWT | PCD | G | XD | (PAT_LARGE if large else PAT_SMALL),
-        leaf_attrs_value=0,
-        table_attrs=PWT | PCD | XD,
+        leaf_attrs=PWT | PCD | G | XD | (PAT_LARGE if large else PAT_SMALL) | encrypted,
+        leaf_attrs_value=encrypted,
+        table_attrs=PWT | PCD | XD | encrypted,
+        table_attrs_value=encrypted,
         # x86_64_pt_iommu_set_prot() has no use for IOMMU_CACHE, NOEXEC, MMIO and PRIV: there are no terms.
         memory=(
             ("pwt", PWT),
@@ -107,6 +112,7 @@ def _level(number: int, config: Mapping[str, int]) -> LevelSpec:
             ("pat", PAT_LARGE if large else PAT_SMALL),
             ("global", G),
             ("xd", XD),
+            *((("encrypted", encrypted),) if encrypted else ()),
         ),
         named=(("accessed", A), ("dirty", D), ("extended_accessed", EA)),
         table_named=(
@@ -116,6 +122,7 @@ def _level(number: int, config: Mapping[str, int]) -> LevelSpec:
             ("pwt", PWT),
             ("pcd", PCD),
             ("xd", XD),
+            *((("encrypted", encrypted),) if encrypted else ()),
         ),
     )
 

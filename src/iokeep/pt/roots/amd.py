@@ -184,6 +184,23 @@ def _of_dte(mem: Memory, path: Path, pasid: int | None) -> RootInfo:
         return RootInfo(
             translation="nested", table=host, domain_id=did, pasid=number, path=path, prot=prot, gcr3=gcr3
         )
+    return _guest_root(mem, gcr3, number, path, did, prot)
+
+
+def first_stage_of(guest: Memory, info: RootInfo) -> RootInfo:
+    """The first stage of "nested"; its root is guest physical.
+
+    The guest CR3 table root pointer and the entries of the guest CR3 table are guest physical addresses where
+    the request is translated by a host table too (specification, guest CR3 table).
+
+    :param guest: guest physical memory. :raises RootFault: as :func:`find_root`.
+    """
+    if info.gcr3 is None:
+        raise ValueError("the entry has no guest CR3 table")
+    return _guest_root(guest, info.gcr3, info.pasid or 0, info.path, info.domain_id, info.prot)
+
+
+def _guest_root(mem: Memory, gcr3: Gcr3, number: int, path: Path, did: int, prot: int) -> RootInfo:
     path = _follow_gcr3(mem, gcr3, number, path)
     # PASID 0 decodes the full width unsigned, others take canonical addresses (Linux amd/iommu.c,
     # amd_iommu_domain_alloc_paging_v2()).

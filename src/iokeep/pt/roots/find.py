@@ -20,6 +20,8 @@ from iokeep.pt.roots import amd, riscv, s390, smmu, vtd
 from iokeep.pt.roots.base import READ, WRITE, Path, PathStep, TableRoot
 
 Hw = Mapping[str, object]
+#: guest physical memory, by what a second-stage table makes of it
+Guest = Callable[[TableRoot], Memory]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,10 @@ class Found:
     :param table: the table, None for "pass-through"; of "nested" the second stage.
     :param domain_id: the tag of cached translations. :param path: the entries read, in order.
     :param prot: what the entries above the table let through (IOMMU_READ | IOMMU_WRITE).
-    :param upper: an SMMU's second first-stage table, that of TTB1 where ``table`` is that of TTB0.
+    :param upper: an SMMU's second first-stage table, that of TTB1 where ``table`` (of "nested": ``first``) is
+        that of TTB0.
+    :param first: of "nested", where guest physical memory was given: the first stage, its ``root_pa`` a gpa.
+        None: requests bypass it.
     """
 
     iommu: str
@@ -41,6 +46,7 @@ class Found:
     path: Path
     prot: int = READ | WRITE
     upper: TableRoot | None = None
+    first: TableRoot | None = None
 
 
 def find_root_of(
@@ -50,6 +56,7 @@ def find_root_of(
     *,
     pasid: int | None = None,
     iommu: str | None = None,
+    guest: Guest | None = None,
 ) -> Found | None:
     """Follow the registers in ``hw`` to the page table of a device.
 
@@ -57,12 +64,14 @@ def find_root_of(
     :param pasid: PASID, SSID or process id of the request.
     :param iommu: as in :class:`Found`; None = the one that the keys of ``hw`` say: a ``root_register``
         without ``dte`` is VT-d's.
+    :param guest: guest physical memory of a second-stage table. Given, the way of a "nested" requester is
+        followed to its first stage, whose structures are there.
     :returns: None where ``hw`` names no register.
     :raises InputError: ``hw`` is malformed, contradicts the memory, or leads to no table (``RootFault``).
     """
     for name, key, finder in _FINDERS:
         if name == iommu or (iommu is None and key in hw):
-            return finder(hw, mem, device, pasid)
+            return finder(hw, mem, device, pasid, guest)
     if iommu is not None:
         raise ValueError(f"IOMMU {iommu!r}: it is one of {', '.join(name for name, _, _ in _FINDERS)}")
     return None
@@ -144,7 +153,9 @@ def _agree(path: Path, recorded: Mapping[str, tuple[int, ...] | None]) -> None:
 
 
 # -- one function for each IOMMU -------------------------------------------------------------------------
-def _find_smmu(hw: Hw, mem: Memory, device: int | str | None, pasid: int | None) -> Found:
+def _find_smmu(
+    hw: Hw, mem: Memory, device: int | str | None, pasid: int | None, guest: Guest | None
+) -> Found:
     regs = _part(hw, "smmu_regs")
     idr = _part(regs, "IDR") if "IDR" in regs else regs
     registers = smmu.Registers(
@@ -178,13 +189,22 @@ def _find_smmu(hw: Hw, mem: Memory, device: int | str | None, pasid: int | None)
             at = _optional(hw, f"{step.name}_pa") if pasid is None or step.name == "ste" else None
             if at not in (None, step.pa):
                 raise InputError(f"hw: the {step.name} is at pa {step.pa:#x}, not at the recorded {at:#x}")
+    if info.translation == "nested" and info.table is not None and guest is not None:
+        inner = smmu.first_stage_of(_Recorded(guest(info.table), entries), registers, info)
+        if inner is not None:
+            return Found(
+                "smmuv3", "nested", info.table, info.domain_id, inner.path,
+                upper=inner.upper, first=inner.table,
+            )  # fmt: skip
     return Found("smmuv3", info.translation, info.table, info.domain_id, info.path, upper=info.upper)
 
 
 _DC_FIELDS = ("tc", "iohgatp", "ta", "fsc", "msiptp", "msi_addr_mask", "msi_addr_pattern", "rsvd")
 
 
-def _find_riscv(hw: Hw, mem: Memory, device: int | str | None, pasid: int | None) -> Found:
+def _find_riscv(
+    hw: Hw, mem: Memory, device: int | str | None, pasid: int | None, guest: Guest | None
+) -> Found:
     fctl = _number(hw, "fctl") if "fctl" in hw else 0
     registers = riscv.Registers(_number(hw, "ddtp"), _number(hw, "caps"), fctl)
     recorded: tuple[int, ...] | None = None
@@ -203,15 +223,20 @@ def _find_riscv(hw: Hw, mem: Memory, device: int | str | None, pasid: int | None
         info = riscv.of_device_context(mem, registers, (*e.path, PathStep("dc", 0, recorded)), pasid)
     if own:
         _agree(info.path, {"dc": recorded})
-    return Found("riscv", info.translation, info.table, info.domain_id, info.path)
+    first, path = info.first, info.path
+    if info.translation == "nested" and info.table is not None and guest is not None:
+        first, path = riscv.first_stage_of(guest(info.table), registers, info)
+    return Found("riscv", info.translation, info.table, info.domain_id, path, first=first)
 
 
-def _find_s390(hw: Hw, mem: Memory, device: int | str | None, pasid: int | None) -> Found:
+def _find_s390(
+    hw: Hw, mem: Memory, device: int | str | None, pasid: int | None, guest: Guest | None
+) -> Found:
     info = s390.find_root(_number(hw, "iota"))
     return Found("s390", info.translation, info.table, info.domain_id, info.path)
 
 
-def _find_amd(hw: Hw, mem: Memory, device: int | str | None, pasid: int | None) -> Found:
+def _find_amd(hw: Hw, mem: Memory, device: int | str | None, pasid: int | None, guest: Guest | None) -> Found:
     register = _number(hw, "root_register")
     device_id = _device(hw, device, "device_id", 16)
     dte = _words(hw, "dte", 4)
@@ -222,10 +247,14 @@ def _find_amd(hw: Hw, mem: Memory, device: int | str | None, pasid: int | None) 
     info = amd.find_root(_Recorded(mem, entries), register, device_id, pasid)
     if own:
         _agree(info.path, {"dte": dte})
-    return Found("amd", info.translation, info.table, info.domain_id, info.path, info.prot)
+    first, path = None, info.path
+    if info.translation == "nested" and info.table is not None and guest is not None:
+        inner = amd.first_stage_of(guest(info.table), info)
+        first, path = inner.table, inner.path
+    return Found("amd", info.translation, info.table, info.domain_id, path, info.prot, first=first)
 
 
-def _find_vtd(hw: Hw, mem: Memory, device: int | str | None, pasid: int | None) -> Found:
+def _find_vtd(hw: Hw, mem: Memory, device: int | str | None, pasid: int | None, guest: Guest | None) -> Found:
     bdf = _device(hw, device, "device_id", 16)
     info = vtd.find_root(mem, _number(hw, "root_register"), bdf, pasid)
     if device is None:
@@ -236,17 +265,19 @@ def _find_vtd(hw: Hw, mem: Memory, device: int | str | None, pasid: int | None) 
                 recorded[name] = (_number(hw, key),)
         entry = _words(hw, "pasid_entry", 8) if pasid is None else None
         _agree(info.path, {**recorded, "pasid": entry})
+    first = None
     if info.format is None:
         table = None
     elif info.second is not None:
         # The first stage of "nested" is in guest physical memory.
         table = TableRoot("vtdss", {"levels": info.second[0]}, info.second[1])
+        first = TableRoot(info.format, {"levels": info.levels}, info.root_pa)
     else:
         table = TableRoot(info.format, {"levels": info.levels}, info.root_pa)
-    return Found("vtd", info.translation, table, info.domain_id, info.path)
+    return Found("vtd", info.translation, table, info.domain_id, info.path, first=first)
 
 
-_Finder = Callable[[Hw, Memory, int | str | None, int | None], Found]
+_Finder = Callable[[Hw, Memory, int | str | None, int | None, Guest | None], Found]
 #: IOMMU, and the key of ``hw`` that only it has; VT-d is what is left
 _FINDERS: tuple[tuple[str, str, _Finder], ...] = (
     ("smmuv3", "smmu_regs", _find_smmu),

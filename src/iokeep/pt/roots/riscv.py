@@ -326,6 +326,20 @@ def of_device_context(mem: Memory, regs: Registers, path: Path, process_id: int 
     )  # fmt: skip
 
 
+def first_stage_of(guest: Memory, regs: Registers, info: RootInfo) -> tuple[TableRoot | None, Path]:
+    """The first stage of "nested", its root guest physical, and the way to it. None: it is Bare.
+
+    :param guest: guest physical memory, where a process directory is. :raises RootFault: as
+        :func:`find_root`.
+    """
+    if info.directory is None or info.pasid is None:
+        return info.first, info.path
+    tc, fsc = info.path[-1].words[0], info.path[-1].words[3]
+    path = _process_context(guest, regs, fsc, info.pasid, info.path)
+    reason = FaultReason.PDT_MISCONFIGURED
+    return _root(regs, path[-1].words[1], 1, tc, path, reason), path
+
+
 def _process_context(mem: Memory, regs: Registers, pdtp: int, process_id: int, path: Path) -> Path:
     """Specification, "Process to locate the Process-context", second stage Bare."""
     table = (pdtp & ATP_PPN_MASK) << 12

@@ -252,6 +252,21 @@ def of_stream_entry(mem: Memory, regs: Registers, path: Path, ssid: int | None =
     return _of_context(regs, path, ssid, w[1] >> STRW_SHIFT & 3)
 
 
+def first_stage_of(guest: Memory, regs: Registers, info: RootInfo) -> RootInfo | None:
+    """The first stage of a "nested" stream; its tables' roots are guest physical. None: requests bypass it.
+
+    :param guest: guest physical memory, where the context descriptors are. :raises RootFault: as
+        :func:`find_root`.
+    """
+    at = next(n for n, step in enumerate(info.path) if step.name == "ste")
+    path = info.path[: at + 1]
+    w = path[-1].words
+    if info.pasid is None and w[0] >> S1CDMAX_SHIFT and w[1] & S1DSS == S1DSS_BYPASS:
+        return None
+    path = _context(guest, path, info.pasid or 0)
+    return _of_context(regs, path, info.pasid, w[1] >> STRW_SHIFT & 3)
+
+
 def _substream(regs: Registers, path: Path, ssid: int | None) -> int | None:
     """Check the substream id against S1CDMax and S1DSS; None: without. (Specification 5.2)"""
     w = path[-1].words
