@@ -301,29 +301,33 @@ def _cut(area: GuestArea, at: Iterable[int]) -> list[GuestArea]:
 
 
 def renumber(pa: U64, lg2: U8) -> tuple[U64, int]:
-    """Move physical regions together: regions keep their order, and a gap of one stays between those that
-    did not touch.
+    """Move physical regions together: regions keep their order, and a gap stays between those that did not
+    touch.
 
-    A region is 2 MiB, or 1 GiB where a leaf of that size exists, so that contiguity and alignment of every
-    leaf survive.
+    A region is 2 MiB, or as large as a leaf in it. Regions that touch stay together, at a pa that is the old
+    one modulo the largest of them: contiguity and alignment of every leaf survive.
 
     :param pa: uint64[n] OA of each leaf. :param lg2: uint8[n] log2 of its bytes.
     :return: the new OA of each leaf, and the first pa behind the last region.
     """
-    region = np.uint64(30 if bool((lg2 > 21).any()) else 21)
-    if bool((lg2.astype(np.uint64) > region).any()):
-        raise CapabilityError(
-            f"leaves of {1 << int(lg2.max()):#x} bytes are more than this machine can rehearse"
-        )
-    old = pa >> region
-    known = np.unique(old)
-    if not len(known):
+    if not len(pa):
         return pa.copy(), 0
-    steps = np.where(np.diff(known) == np.uint64(1), np.uint64(1), np.uint64(2))
-    new = np.concatenate((np.ones(1, np.uint64), np.uint64(1) + np.cumsum(steps).astype(np.uint64)))
-    at = np.searchsorted(known, old)
-    moved = (new[at] << region) | (pa & ((np.uint64(1) << region) - np.uint64(1)))
-    return moved, int(new[-1] + np.uint64(1)) << int(region)
+    size = np.uint64(1) << np.maximum(lg2, 21).astype(np.uint64)
+    start = pa & ~(size - np.uint64(1))
+    order = np.argsort(start, kind="stable")
+    ends = np.maximum.accumulate((start + size)[order])
+    first = np.flatnonzero(np.concatenate((np.ones(1, np.bool_), start[order][1:] > ends[:-1])))
+    bases, lasts = start[order][first].tolist(), ends[np.append(first[1:], len(order)) - 1].tolist()
+    aligns = np.maximum.reduceat(size[order], first).tolist()
+    moved_to, at = [], 0
+    for base, end, align in zip(bases, lasts, aligns, strict=True):
+        at += MIB2  # the first one is the kernel's
+        at += (base - at) % align
+        moved_to.append(at)
+        at += end - base
+    run = np.searchsorted(np.array(bases, np.uint64), pa, side="right") - 1
+    moved: U64 = pa - np.array(bases, np.uint64)[run] + np.array(moved_to, np.uint64)[run]
+    return moved, at
 
 
 def file_pages(pa: U64, lg2: U8) -> tuple[I64, I64]:
@@ -457,6 +461,10 @@ def like(
         guests &= (leaves[0] < np.uint64(r.start)) | (leaves[0] > np.uint64(r.last))
     iova, pa = leaves[0][guests], leaves[1][guests]
     lg2, prot = leaves[2][guests], leaves[3][guests]
+    if fmt.sign_extend and bool((iova >> np.uint64(fmt.input_lg2 - 1)).any()):
+        raise CapabilityError(
+            f"{name}: maps IOVAs of the upper half, which no IOAS has (an HWPT maps the lower half only)"
+        )
     if not len(iova):
         raise CapabilityError(f"{name}: the table maps nothing, so there is no guest to rehearse")
     if int(np.left_shift(np.int64(1), lg2.astype(np.int64) - 12).sum()) > 1 << 28:
