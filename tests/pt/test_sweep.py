@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iokeep.pt import kernels, sweep
+from iokeep.pt import kernels, sums, sweep
 from iokeep.pt.compare import clip_extents
+from iokeep.pt.digest import digest
 from iokeep.pt.extents import Extents
 from iokeep.pt.registry import open_format
 from iokeep.pt.tables import TableMemory, descend
@@ -220,7 +221,8 @@ def test_threads(monkeypatch):
 #: variables of the kernels that hold addresses, items and masks
 WORDS = {
     "wrong", "want", "word", "start", "end", "at", "odd", "pa0", "pa1", "top", "total", "bad", "to", "ref",
-    "same", "slot", "stop", "begin", "f", "z", "p", "lo", "hi", "page",
+    "same", "item", "sum_x", "sum_y", "sum_k", "sum_l", "differ", "there", "slot",
+    "stop", "begin", "f", "z", "p", "lo", "hi", "page",
 }  # fmt: skip
 
 
@@ -236,8 +238,10 @@ def test_no_signed_word_and_no_float(new_table):
     built.table.map(want, max_lg2=12)
     assert verify(*built.args, want, compiled=True).equal
     kernels.in_memory_order(np.arange(9)[::-1].copy())
+    built.ram.store64(walk(*built.args, 0).steps[-1][1], 0)
+    digest(*built.args, bytes(16), compiled=True)
     seen = set()
-    for module in (kernels, sweep):
+    for module in (kernels, sweep, sums):
         for name, kernel in vars(module).items():
             for signature in getattr(kernel, "signatures", []):
                 seen.add(name)
@@ -248,7 +252,7 @@ def test_no_signed_word_and_no_float(new_table):
                     assert "float" not in str(kind), (name, variable, kind)
                     if variable.split(".")[0] in WORDS:
                         assert "uint64" in str(kind), (name, variable, kind)
-    assert config.DISABLE_JIT or seen >= {"_plan", "_runs", "_mixed", "_alike", "_count"}
+    assert config.DISABLE_JIT or seen >= {"_plan", "_runs", "_mixed", "_alike", "_count", "_holed"}
 
 
 def test_without_a_compiler_the_same_code_runs():

@@ -2,31 +2,36 @@
 """A keyed digest of what a table translates: the same from a table, in any cut into leaves, and from extents.
 
 **Definition** (``iokeep-digest-v1``). Key: 16 bytes, fresh and random for every use. All arithmetic is on
-unsigned 64-bit integers, modulo 2**64. ``stream = blake2b(counter_le64, key=key, person=b"iokeep-digest-v1",
-digest_size=64)`` for counter 0, 1, 2 ..., read as little-endian 64-bit words gives, in this order, K[512],
-L[512], s, t.
+unsigned 64-bit integers, modulo 2**64. The first 2050 words of ``shake_256(b"iokeep-digest-v1" || key)``,
+each 8 bytes little-endian, are K[512], K'[512], L[512], L'[512], s, t; all but s and t have bit 0 set to 1.
 
-The IOVA space is cut into blocks of 2 MiB, number v = iova >> 21. A page of 4096 bytes at slot i = (iova >>
-12) & 511 of its block, which translates to pa with prot (IOMMU_READ 1 | IOMMU_WRITE 2, never 0), has with n =
-pa >> 12 two words::
+A page of 4096 bytes at iova, which translates to pa with prot (IOMMU_READ 1 | IOMMU_WRITE 2, never 0), has
+with n = pa >> 12 two words::
 
     a = 4 * n + prot                      b = 4 * ((n mod 2**20) * 2**20 + n div 2**20) + prot
 
-A block with at least one mapped page has x = sum of K[i] * a and y = sum of L[i] * b over its mapped pages,
-and adds ``mix(x ^ mix(v ^ s))`` to X and ``mix(y ^ mix(v ^ t))`` to Y; mix is the finaliser of splitmix64.
-The digest is ``blake2b(X_le64 || Y_le64 || pages_le64, key=key, person=b"iokeep-digest-v1", digest_size=32)``
-where pages is the number of mapped pages.
+and with i = (iova >> 12) & 511, j = (iova >> 21) & 511, g = iova >> 30 it adds::
 
-**Why so.** x and y are linear, so a run of consecutive pages costs O(1) (prefix sums of K, i*K): a 2 MiB leaf
-needs no look at 512 pages. A multilinear sum misses a difference d with probability 2**(trailing zeros of d -
-64); a and b hold the frame number's halves in opposite order, so that together one changed page is missed
-with at most 2**-64, whatever bit differs. The mixing binds a block to its place. It is a check against
+    (mix(g ^ s) | 1) * K'[j] * K[i] * a   to X        (mix(g ^ t) | 1) * L'[j] * L[i] * b   to Y
+
+mix is the finaliser of splitmix64. The digest is ``blake2b(X_le64 || Y_le64 || pages_le64, key=key,
+person=b"iokeep-digest-v1", digest_size=32)`` where pages is the number of mapped pages, modulo 2**64.
+
+**Why so.** X and Y are sums, so a map adds to them and an unmap subtracts (:meth:`Digest.add`,
+:meth:`Digest.remove`), whatever else is mapped. Within 1 GiB of IOVAs a run of consecutive pages costs O(1)
+(prefix sums of K and i*K, of K' and j*K'), so that a leaf of any size needs no look at its pages, and what a
+set of areas must give costs O(areas). All factors are odd: one page that is missing, extra or changed is
+always noticed, whatever bit differs. Where several differ, the sums agree by chance only: a multilinear sum
+of degree 3 misses a difference whose lowest set bit is z with about 2**(z + 14 - 64), and a and b hold the
+frame number's halves in opposite order, so that at most one of both has a large z. It is a check against
 accidents and stale state with a fresh key; it is not a MAC against someone who knows the key.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
+import sys
 
 import numpy as np
 
@@ -35,19 +40,22 @@ from iokeep.mem.memory import I64, Memory
 from iokeep.pt.extents import U8, U64, Extents
 from iokeep.pt.formats.base import Format
 from iokeep.pt.leaves import Leaves
-from iokeep.pt.tables import Items, TableMemory, descend, expand, raise_unreadable
+from iokeep.pt.tables import TableMemory, Upper, descend, expand, raise_unreadable
 
 KEY_BYTES = 16
 DIGEST_BYTES = 32
-_MASK = 2**64 - 1
 _PERSON = b"iokeep-digest-v1"
 _SLOTS = 512
 #: frames of a run are consecutive in both words only within 2**20 frames
 _FOLD = 20
-_BLOCK_LG2 = 21
-_BATCH = 1 << 16
-#: more blocks than these (512 TiB) are no real mapping, and would take minutes
-_BLOCK_LIMIT = 1 << 28
+#: log2 of the pages of the largest block that one prefix sum covers
+_BLOCK = 18
+_BATCH = 1 << 14
+#: more blocks of 1 GiB than these are no real mapping, and would take minutes
+_BLOCK_LIMIT = 1 << 24
+#: tables from so many bytes on are summed by compiled code, where it is loaded and where it is not
+COMPILED_WARM = 4 << 20
+COMPILED_COLD = 128 << 20
 
 
 def _u(value: int) -> np.uint64:
@@ -61,168 +69,252 @@ def _mix(z: U64) -> U64:
     return z ^ (z >> _u(31))
 
 
-class _Keys:
-    """Everything derived from a key; prefix sums have 513 places: sum over slots below i."""
+class _Lane:
+    """Keys of one sum; prefix sums have 513 places: sum over slots below i."""
 
-    def __init__(self, key: bytes) -> None:
-        if len(key) != KEY_BYTES:
-            raise ValueError(f"a digest key has {KEY_BYTES} bytes, not {len(key)}")
-        self.key = key
-        need = (2 * _SLOTS + 2 + 7) // 8
-        stream = b"".join(
-            hashlib.blake2b(n.to_bytes(8, "little"), key=key, person=_PERSON, digest_size=64).digest()
-            for n in range(need)
-        )
-        words = np.frombuffer(stream, "<u8").astype(np.uint64)
-        self.k, self.l = words[:_SLOTS], words[_SLOTS : 2 * _SLOTS]
-        self.s, self.t = words[2 * _SLOTS], words[2 * _SLOTS + 1]
+    def __init__(self, page: U64, table: U64, salt: np.uint64) -> None:
         slot = np.arange(_SLOTS, dtype=np.uint64)
         zero = np.zeros(1, np.uint64)
-        self.sum_k = np.concatenate((zero, np.cumsum(self.k, dtype=np.uint64)))
-        self.sum_l = np.concatenate((zero, np.cumsum(self.l, dtype=np.uint64)))
-        self.sum_ik = np.concatenate((zero, np.cumsum(self.k * slot, dtype=np.uint64)))
-        self.sum_il = np.concatenate((zero, np.cumsum(self.l * slot, dtype=np.uint64)))
+
+        def sums(values: U64) -> U64:
+            return np.concatenate((zero, np.cumsum(values, dtype=np.uint64)))
+
+        self.page = page
+        self.salt = salt
+        self.table = np.concatenate((table, zero))
+        self.pages, self.pages_by_slot = sums(page), sums(page * slot)
+        self.tables, self.tables_by_slot = sums(table), sums(table * slot)
+
+    def block(self, g: U64) -> U64:
+        """Factor of each block of 1 GiB."""
+        return _mix(g ^ self.salt) | _u(1)
+
+    def weights(self, v: U64) -> U64:
+        """Factor of each block of 2 MiB, by its number."""
+        g, low = v >> _u(9), int(v.min() if len(v) else 0) >> 9
+        span = int(v.max() if len(v) else 0) - (low << 9) >> 9
+        if span < len(v):  # neighbours share their block
+            blocks = self.block(np.arange(low, low + span + 1, dtype=np.uint64))
+            factor = np.take(blocks, (g - _u(low)).view(np.int64), mode="clip")
+        else:
+            factor = self.block(g)
+        factor *= np.take(self.table, (v & _u(_SLOTS - 1)).view(np.int64), mode="clip")
+        return factor
+
+    def below(self, q: U64) -> tuple[U64, U64]:
+        """Sums over the pages below the q-th of a block of 1 GiB: of the factors, and of number * factor."""
+        j, i = (q >> _u(9)).view(np.int64), (q & _u(_SLOTS - 1)).view(np.int64)
+        part, whole = self.table[j], self.pages[_SLOTS]
+        plain = self.tables[j] * whole + part * self.pages[i]
+        base = j.view(np.uint64) << _u(9)
+        numbered = (self.tables_by_slot[j] << _u(9)) * whole + self.tables[j] * self.pages_by_slot[_SLOTS]
+        return plain, numbered + part * (base * self.pages[i] + self.pages_by_slot[i])
+
+    def runs(self, q: U64, length: U64, g: U64, word: U64, step: int) -> int:
+        """Sum over pieces within one block each: from page q, with words that grow by ``step``."""
+        plain0, numbered0 = self.below(q)
+        plain1, numbered1 = self.below(q + length)
+        total = (word - _u(step) * q) * (plain1 - plain0) + _u(step) * (numbered1 - numbered0)
+        return int(np.add.reduce(total * self.block(g), dtype=np.uint64))
+
+
+def _lanes(key: bytes) -> tuple[_Lane, _Lane]:
+    if len(key) != KEY_BYTES:
+        raise ValueError(f"a digest key has {KEY_BYTES} bytes, not {len(key)}")
+    stream = hashlib.shake_256(_PERSON + key).digest(8 * (4 * _SLOTS + 2))
+    words = np.frombuffer(stream, "<u8").astype(np.uint64)
+    odd = (words[: 4 * _SLOTS] | _u(1)).reshape(4, _SLOTS)
+    return _Lane(odd[0], odd[1], words[-2]), _Lane(odd[2], odd[3], words[-1])
 
 
 def _fold(n: U64) -> U64:
-    return ((n & _u((1 << _FOLD) - 1)) << _u(_FOLD)) | (n >> _u(_FOLD))
+    return ((n & _u((1 << _FOLD) - 1)) << _u(_FOLD)) + (n >> _u(_FOLD))
 
 
 class Digest:
-    """A digest in the making: blocks may come in any order, but each block's pages all at once.
+    """A digest that follows a mapping: what is mapped is added, what is unmapped is removed, in any order.
 
-    :param key: 16 random bytes.
+    :param key: 16 random bytes. :param sums: of a digest before (:attr:`sums`), to go on with.
     """
 
-    def __init__(self, key: bytes) -> None:
-        self._keys = _Keys(key)
-        self._x = 0
-        self._y = 0
-        self._pages = 0
-        #: the last block of a batch: the next one may go on with it
-        self._open: tuple[int, int, int] | None = None
+    def __init__(self, key: bytes, sums: tuple[int, int, int] = (0, 0, 0)) -> None:
+        self.lanes = _lanes(key)
+        self._key = key
+        self._sums = list(sums)
 
-    def _blocks(self, v: U64, x: U64, y: U64) -> None:
-        keys = self._keys
-        self._x += int(np.add.reduce(_mix(x ^ _mix(v ^ keys.s)), dtype=np.uint64))
-        self._y += int(np.add.reduce(_mix(y ^ _mix(v ^ keys.t)), dtype=np.uint64))
+    @property
+    def sums(self) -> tuple[int, int, int]:
+        """X, Y and the number of pages."""
+        return self._sums[0], self._sums[1], self._sums[2]
 
-    def add_runs(self, iova: U64, last: U64, pa: U64, prot: U8) -> None:
-        """Runs, sorted and disjoint, that hold all mapped pages of every block they touch."""
-        if not len(iova):
-            return
+    def change(self, x: int, y: int, pages: int) -> None:
+        """Add to the sums; all modulo 2**64."""
+        for n, more in enumerate((x, y, pages)):
+            self._sums[n] = (self._sums[n] + more) % 2**64
+
+    def add(self, extents: Extents) -> None:
+        """Count what the extents translate. They are disjoint, in any order and cut.
+
+        :raises ValueError: not multiples of 4096 bytes, or a prot of nothing.
+        :raises InputError: more is mapped than any machine has. Nothing was changed.
+        """
+        self.change(*self._sum(extents))
+
+    def remove(self, extents: Extents) -> None:
+        """The opposite of :meth:`add`: of what was counted before, in any cut."""
+        x, y, pages = self._sum(extents)
+        self.change(-x, -y, -pages)
+
+    def _sum(self, e: Extents) -> tuple[int, int, int]:
+        if not len(e):
+            return 0, 0, 0
         page = _u(12)
-        if bool(((iova | pa | (last + _u(1))) & _u(4095)).any()):
+        if bool(((e.iova | e.pa | (e.last + _u(1))) & _u(4095)).any()):
             raise ValueError("a run is not a multiple of 4096 bytes")
-        if bool(((prot == 0) | (prot > 3)).any()):
+        if bool(((e.prot == 0) | (e.prot > 3)).any()):
             raise ValueError("a run has no permission")
-        first, end = iova >> page, last >> page  # in pages
-        for lo in range(0, len(iova), _BATCH):
-            part = slice(lo, lo + _BATCH)
-            self._pages += int((end[part] - first[part]).sum()) + len(first[part])
-        frame = pa >> page
-        count = ((end >> _u(9)) - (first >> _u(9))) + _u(1)  # blocks that each run touches
-        if bool((count > _BLOCK_LIMIT).any()) or int(count.sum()) > _BLOCK_LIMIT:
+        first, end, frame = e.iova >> page, e.last >> page, e.pa >> page
+        # Where no run crosses a block or a fold, each is one piece.
+        cut = ((first ^ end) >> _u(_BLOCK)) | ((frame ^ (frame + (end - first))) >> _u(_FOLD))
+        total = [0, 0, 0]
+        whole = np.flatnonzero(cut == 0)
+        for lo in range(0, len(whole), _BATCH):
+            part: I64 | slice = whole[lo : lo + _BATCH]
+            if len(whole) == len(e):
+                part = slice(lo, lo + _BATCH)
+            self._pieces(first[part], end[part] - first[part] + _u(1), frame[part], e.prot[part], total)
+        some = np.flatnonzero(cut)
+        blocks = ((end[some] >> _u(_BLOCK)) - (first[some] >> _u(_BLOCK))) + _u(1)
+        if len(some) and (int(blocks.max()) > _BLOCK_LIMIT or int(blocks.sum()) > _BLOCK_LIMIT):
             raise InputError(
-                f"more than {_BLOCK_LIMIT >> 19} TiB are mapped: this is no mapping of a machine"
+                f"more than {_BLOCK_LIMIT >> 10} TiB are mapped: this is no mapping of a machine"
             )
-        ends = np.cumsum(count).astype(np.int64)
-        total = int(ends[-1])
-        for lo in range(0, total, _BATCH):
-            nth = np.arange(lo, min(lo + _BATCH, total))
-            at = np.searchsorted(ends, nth, side="right")
-            v = (first[at] >> _u(9)) + (nth - ends[at]).astype(np.uint64) + count[at]
-            begin = np.maximum(first[at], v << _u(9))
-            stop = np.minimum(end[at], (v << _u(9)) + _u(511))
-            self._pieces(begin, stop - begin + _u(1), frame[at] + (begin - first[at]), prot[at])
-        if self._open is not None:
-            v1, x1, y1 = (np.array([n], np.uint64) for n in self._open)
-            self._open = None
-            self._blocks(v1, x1, y1)
+        ends = np.cumsum(blocks).astype(np.int64)
+        for lo in range(0, int(ends[-1]) if len(some) else 0, _BATCH):
+            nth = np.arange(lo, min(lo + _BATCH, int(ends[-1])))
+            of = np.searchsorted(ends, nth, side="right")
+            at = some[of]
+            g = (first[at] >> _u(_BLOCK)) + (nth - ends[of]).astype(np.uint64) + blocks[of]
+            begin = np.maximum(first[at], g << _u(_BLOCK))
+            stop = np.minimum(end[at], (g << _u(_BLOCK)) + _u((1 << _BLOCK) - 1))
+            length, n, prot = stop - begin + _u(1), frame[at] + (begin - first[at]), e.prot[at]
+            head = _u(1 << _FOLD) - (n & _u((1 << _FOLD) - 1))
+            wrap = head < length  # a block is smaller than a fold: once at most
+            if wrap.any():
+                tail = head[wrap]
+                self._pieces(begin[wrap] + tail, length[wrap] - tail, n[wrap] + tail, prot[wrap], total)
+                length = np.minimum(length, head)
+            self._pieces(begin, length, n, prot, total)
+        return total[0], total[1], total[2]
 
-    def _pieces(self, begin: U64, length: U64, n: U64, prot: U8) -> None:
-        """Pieces within one block each, sorted."""
-        wrap = (_u(1 << _FOLD) - (n & _u((1 << _FOLD) - 1))) < length
-        if wrap.any():
-            head = _u(1 << _FOLD) - (n[wrap] & _u((1 << _FOLD) - 1))
-            begin = np.concatenate((begin, begin[wrap] + head))
-            n, prot = np.concatenate((n, n[wrap] + head)), np.concatenate((prot, prot[wrap]))
-            length = np.concatenate((length, length[wrap] - head))
-            length[np.flatnonzero(wrap)] = head
-            order = np.argsort(begin, kind="stable")
-            begin, length, n, prot = begin[order], length[order], n[order], prot[order]
-        keys, four = self._keys, _u(4)
-        i = (begin & _u(511)).astype(np.int64)
-        j = i + length.astype(np.int64)
-        a = four * n + prot
-        b = four * _fold(n) + prot
-        slot = i.astype(np.uint64)
-        # sum of K[i+m] * (a + 4 m) = (a - 4 i) * sum K + 4 * sum of slot * K; b steps by 4 * 2**20
-        step = _u(4 << _FOLD)
-        dk, dl = keys.sum_k[j] - keys.sum_k[i], keys.sum_l[j] - keys.sum_l[i]
-        x = (a - four * slot) * dk + four * (keys.sum_ik[j] - keys.sum_ik[i])
-        y = (b - step * slot) * dl + step * (keys.sum_il[j] - keys.sum_il[i])
-        v = begin >> _u(9)
-        first = np.flatnonzero(np.concatenate((np.ones(1, np.bool_), v[1:] != v[:-1])))
-        v, x, y = v[first], np.add.reduceat(x, first), np.add.reduceat(y, first)
-        if self._open is not None:
-            if self._open[0] == int(v[0]):
-                x[:1] += _u(self._open[1])
-                y[:1] += _u(self._open[2])
-            else:
-                v1, x1, y1 = (np.array([n], np.uint64) for n in self._open)
-                self._blocks(v1, x1, y1)
-        self._open = (int(v[-1]), int(x[-1]), int(y[-1]))
-        self._blocks(v[:-1], x[:-1], y[:-1])
+    def _pieces(self, first: U64, length: U64, n: U64, prot: U8, total: list[int]) -> None:
+        """Add the sums of pieces within one block and one fold each."""
+        q, g, four = first & _u((1 << _BLOCK) - 1), first >> _u(_BLOCK), _u(4)
+        total[0] += self.lanes[0].runs(q, length, g, four * n + prot, 4)
+        total[1] += self.lanes[1].runs(q, length, g, four * _fold(n) + prot, 4 << _FOLD)
+        total[2] += int(length.sum())
 
-    def add_tables(self, base: U64, a: U64, b: U64, pages: int) -> None:
-        """Whole blocks: words [n, 512], 0 where nothing is mapped. :param base: IOVA of each block."""
-        some = a.any(axis=1)
-        keys = self._keys
-        x, y = a @ keys.k, b @ keys.l
-        self._blocks(base[some] >> _u(_BLOCK_LG2), x[some], y[some])
-        self._pages += pages
+    def add_tables(self, base: U64, x: U64, y: U64, pages: int) -> None:
+        """Count whole tables of 512 pages. :param base: IOVA of each. :param x: :param y: their sums of K * a
+        and L * b.
+        """
+        v = base >> _u(21)
+        for n, sums in enumerate((x, y)):
+            self._sums[n] += int(np.add.reduce(self.lanes[n].weights(v) * sums, dtype=np.uint64))
+        self.change(0, 0, pages)
 
     def digest(self) -> bytes:
         """The 32 bytes."""
-        data = b"".join((n & _MASK).to_bytes(8, "little") for n in (self._x, self._y, self._pages))
-        return hashlib.blake2b(data, key=self._keys.key, person=_PERSON, digest_size=DIGEST_BYTES).digest()
+        data = b"".join(n.to_bytes(8, "little") for n in self._sums)
+        return hashlib.blake2b(data, key=self._key, person=_PERSON, digest_size=DIGEST_BYTES).digest()
 
 
 def digest_extents(extents: Extents, key: bytes) -> bytes:
     """The digest of what extents translate.
 
-    :param extents: sorted, disjoint, in any cut; multiples of 4096 bytes. Where a format has no write-only
-        the caller passes "rw" for "-w" (``diff.normalised``).
+    :param extents: disjoint, in any cut; multiples of 4096 bytes. Where a format has no write-only the caller
+        passes "rw" for "-w" (``diff.normalised``).
     :raises ValueError: not multiples of 4096 bytes, or a prot of nothing.
     """
     out = Digest(key)
-    out.add_runs(extents.iova, extents.last, extents.pa, extents.prot)
+    out.add(extents)
     return out.digest()
 
 
-def digest(fmt: Format, mem: Memory, root_pa: int, key: bytes) -> bytes:
+def digest(
+    fmt: Format,
+    mem: Memory,
+    root_pa: int,
+    key: bytes,
+    *,
+    compiled: bool | None = None,
+    threads: int | None = None,
+) -> bytes:
     """The digest of what a table translates. Bad leaves (reserved bits) do not translate and do not count.
 
+    :param compiled: by Numba (True), by NumPy alone (False), or by size (None). The result is the same.
+    :param threads: of the compiled sums; None = as ``kernels.thread_count`` says.
     :raises MemoryAbsent, InputError: a table is absent or in a loop.
     """
-    tm = TableMemory(fmt, mem)
-    upper = descend(tm, root_pa)
-    raise_unreadable(fmt, upper.problems)
+    return digest_of(fmt, mem, root_pa, key, compiled=compiled, threads=threads).digest()
+
+
+def digest_of(
+    fmt: Format,
+    mem: Memory,
+    root_pa: int,
+    key: bytes,
+    *,
+    compiled: bool | None = None,
+    threads: int | None = None,
+) -> Digest:
+    """:func:`digest`, to go on with."""
     out = Digest(key)
+    tm = TableMemory(fmt, mem)
+    fast = None
+    if compiled or (compiled is None and "iokeep.pt.kernels" in sys.modules):
+        from iokeep.pt.kernels import alike
+
+        fast = alike
+    upper = descend(tm, root_pa, alike=fast)
+    raise_unreadable(fmt, upper.problems)
+    out.add(_living(Leaves.of(fmt, upper.leaves)))
     spec = fmt.levels[0]
-    if (spec.shift, spec.index_bits) != (12, 9) or not fmt.in_words:
-        return _digest_leaves(tm, root_pa, key)
-    large = Leaves.of(fmt, upper.leaves)
-    alive = large.prot != 0
-    out.add_runs(large.iova[alive], large.last[alive], large.pa[alive], large.prot[alive])
-    base = fmt.extend(upper.base)
+    size = len(upper.base) * fmt.table_bytes
+    if compiled is None:
+        warm = "iokeep.pt.sums" in sys.modules
+        compiled = os.environ.get("NUMBA_DISABLE_JIT", "0") == "0" and size >= (
+            COMPILED_WARM if warm else COMPILED_COLD
+        )
+    blocks = (spec.shift, spec.index_bits) == (12, 9)
+    left = np.arange(len(upper.base))
+    if compiled and blocks and tm.plain and tm.parts[0] == 1 and not spec.pa_pieces:
+        from iokeep.pt.sums import add_tables
+
+        left = add_tables(out, tm, upper, threads)
+    elif blocks and fmt.in_words:
+        _add_words(out, tm, upper)
+        return out
+    parts = (upper.base[left], upper.pa[left], upper.row[left], upper.prot[left])
+    for items, _ in expand(tm, *parts):
+        out.add(_living(Leaves.of(fmt, items)))
+    return out
+
+
+def _living(leaves: Leaves) -> Extents:
+    """The leaves that let something pass, one extent each."""
+    alive = leaves.prot != 0
+    return Extents(leaves.iova[alive], leaves.last[alive], leaves.pa[alive], leaves.prot[alive])
+
+
+def _add_words(out: Digest, tm: TableMemory, upper: Upper) -> None:
+    """Count the tables of level 0 by NumPy, in formats that are all in words."""
+    base = tm.fmt.extend(upper.base)
     step = 64
     for lo in range(0, len(base), step):
         part = slice(lo, lo + step)
         a, b, pages = _words(tm, upper.row[part], upper.prot[part])
-        out.add_tables(base[part], a, b, pages)
-    return out.digest()
+        out.add_tables(base[part], a @ out.lanes[0].page, b @ out.lanes[1].page, pages)
 
 
 def _words(tm: TableMemory, row: I64, prot: U8) -> tuple[U64, U64, int]:
@@ -245,10 +337,3 @@ def _words(tm: TableMemory, row: I64, prot: U8) -> tuple[U64, U64, int]:
         b[dead] = 0
         pages -= int(dead.sum())
     return a, b, pages
-
-
-def _digest_leaves(tm: TableMemory, root_pa: int, key: bytes) -> bytes:
-    """For formats whose tables of level 0 are not the digest's blocks."""
-    upper = descend(tm, root_pa)
-    parts = [upper.leaves, *(items for items, _ in expand(tm, upper.base, upper.pa, upper.row, upper.prot))]
-    return digest_extents(Leaves.of(tm.fmt, Items.join(parts, sort=True)).extents(), key)
