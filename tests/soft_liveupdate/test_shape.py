@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A table is proved in the shape that hardware reads it in: what the structures state must be the record's."""
+"""A table is proved in the shape that hardware reads it in: what the structures state must be recorded."""
 
 import errno
 
