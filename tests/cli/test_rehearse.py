@@ -58,8 +58,6 @@ def test_no_spec():
         ["--devices", "0"],
         ["--devices", "99"],
         ["--policy", "hope"],
-        ["--policy", "deferred"],
-        ["--policy", "sealed"],
         ["--policy", "trust"],
         ["--inject", "gremlins"],
         ["--inject", "kill-at=lunch"],
@@ -81,11 +79,6 @@ def test_usage_errors_come_before_anything_runs(words, capsys):
 def test_trust_says_why_it_is_refused(capsys):
     assert main(["rehearse", "--policy", "trust"]) == 2
     assert "--unsafe" in capsys.readouterr().err
-
-
-def test_policies_to_come_are_named_as_such(capsys):
-    assert main(["rehearse", "--policy", "deferred"]) == 2
-    assert "does not exist yet" in capsys.readouterr().err
 
 
 def test_bad_like_is_bad_input(tmp_path, capsys):

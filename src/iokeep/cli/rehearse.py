@@ -39,7 +39,7 @@ faults (--inject, may be repeated):
   stale-root, truncate-records, version-skew  in the records that cross the kexec
   kill-at=STEP                                the VMM is killed in that step, and carries on
 
-exit codes: 0 restored, no damage; 1 refused or corrupted; 2 usage; 3 bad --like or SPEC.toml;
+exit codes: 0 restored, no damage; 1 refused, contained or corrupted; 2 usage; 3 bad --like or SPEC.toml;
 4 a missing capability; 130 interrupted
 """
 
@@ -56,7 +56,7 @@ def add_parser(subparsers: Any) -> None:
     )
     p.add_argument("spec", nargs="?", metavar="SPEC.toml", help="options from a file; the command line wins")
     p.add_argument("--like", metavar="SOURCE", help="take the guest from a capture of a real table")
-    p.add_argument("--policy", metavar="P", help="rebuild, adopt (default) or trust")
+    p.add_argument("--policy", metavar="P", help="rebuild, adopt (default), deferred, sealed or trust")
     p.add_argument(
         "--format",
         metavar="F",
@@ -159,7 +159,7 @@ def options_of(args: argparse.Namespace) -> Options:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Rehearse; 0 = restored without damage, 1 = refused or corrupted."""
+    """Rehearse; 0 = restored without damage, 1 = refused, contained or corrupted."""
     from iokeep.rehearse.run import SCHEMA, rehearse
     from iokeep.report import json as report_json
     from iokeep.report import text

@@ -57,6 +57,8 @@ class Mismatch:
                 return "nothing"
             return f"pa {pa:#x} {'r' if (prot or 0) & READ else '-'}{'w' if (prot or 0) & WRITE else '-'}"
 
+        if self.reason == "digest":
+            return "digest: the areas are not those whose translations were sealed"
         where = "" if self.level is None else f" at level {self.level}"
         expected = side(self.expected_pa, self.expected_prot)
         found = side(self.found_pa, self.found_prot)

@@ -440,6 +440,8 @@ class _Rehearsal:
             self.result = event
         elif kind == "checked":
             self.guest_check = event["guest"]
+        elif kind == "proof":
+            self._proved(event)
         elif kind == "running":
             self._wait_enough()
         elif kind == "failed":
@@ -449,6 +451,14 @@ class _Rehearsal:
         else:
             raise RehearsalFailed(f"the VMM said {event!r}")
         self.vmm.answer({})
+
+    def _proved(self, event: Mapping[str, Any]) -> None:
+        """The proof that came after the adoption is at its end."""
+        for key in ("pages", "table_bytes", "validate_ns", "total_mismatches", "mismatches"):
+            self.result[key] = event[key]
+        if event["state"] != "validated":
+            self.result["outcome"] = "contained"
+            self.result["reason"] = f"adopted, then quarantined: {event['total_mismatches']} ranges differ"
 
     def _restart(self, role: str) -> None:
         """The VMM was killed: wait until the kernel has buried it, and start another."""
@@ -629,7 +639,7 @@ class _Rehearsal:
 
     def _end(self) -> None:
         """Stop what still runs, give everything back, count."""
-        restored = self.result.get("outcome") == "restored"
+        restored = self.result.get("outcome") in ("restored", "contained")
         for window in self.host.platform.bars:
             if not restored:
                 bar.command(window, bar.CMD_VERIFY_ALL, timeout=120)
@@ -788,7 +798,7 @@ def _next(options: Options, outcome: str) -> str:
     """What to try next."""
     if outcome == "restored" and not options.inject:
         return "iokeep rehearse --inject wrong-offset      what validation is for"
-    if outcome == "refused" and options.inject and options.policy != "trust":
+    if outcome in ("refused", "contained") and options.inject and options.policy != "trust":
         faults = " ".join(f"--inject {f.text}" for f in options.inject)
         return f"iokeep rehearse {faults} --policy trust --unsafe      what it would have done"
     return ""

@@ -13,6 +13,7 @@ on.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -25,9 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iokeep.errors import IokeepError, KernelRefused, KernelRefusedPartly
-from iokeep.iommufd.client import Ioas, Iommufd, VfioDevice
+from iokeep.iommufd.client import Ioas, Iommufd, Mismatch, VfioDevice
 from iokeep.luo.client import Session
-from iokeep.mem.ranges import Range, subtract
+from iokeep.mem.ranges import Range, merge, subtract
 from iokeep.rehearse.inject import REPLAY_FAULTS, change_replay
 from iokeep.restore.manifest import (
     MANIFEST_TOKEN,
@@ -37,6 +38,7 @@ from iokeep.restore.manifest import (
     HwptEntry,
     Manifest,
 )
+from iokeep.restore.policies import policy_of
 from iokeep.restore.run import Live, RestoreResult, load_manifest, restore
 from iokeep.restore.save import SEALS_WANTED, save
 from iokeep.soft.hardware import bar
@@ -51,6 +53,8 @@ HWPT_TOKEN = 0x2000
 DEVICE_TOKEN = 0x3000
 #: the guest's own pattern: the last 64-byte line of each page, which no device uses (device i uses line i)
 GUEST_LINE = 63 * 64
+#: seconds that the kernel's own sweep gets before the VMM drives it to its end
+_SWEEP_SECONDS = 5.0
 #: pages that are probed behind each end of the areas
 _MAX_PROBES = 64
 
@@ -351,9 +355,12 @@ class After(Vmm):
     ioas: Ioas
     iommufd: Iommufd | None = None
     hwpt: int = 0
+    #: the tables are proved range by range
+    later = False
 
     def run(self) -> None:
         """From the session to a guest that has given everything back."""
+        self.later = policy_of(self.config["policy"], unsafe=True).later
         if self.state.get("iommufd", -1) >= 0 and self.state["state"].get("restored"):
             self._resume()
         else:
@@ -445,9 +452,6 @@ class After(Vmm):
         self.control.at(step, done, total)
 
     def _facts(self, result: RestoreResult) -> dict[str, Any]:
-        def pa(value: int | None) -> str | None:
-            return None if value is None else f"{value:#x}"
-
         return {
             "outcome": result.outcome,
             "reason": result.reason,
@@ -458,19 +462,7 @@ class After(Vmm):
             "validate_ns": result.validate_ns,
             "layout_differences": result.layout_differences,
             "total_mismatches": result.total_mismatches,
-            "mismatches": [
-                {
-                    "iova": f"{m.iova:#x}",
-                    "last": f"{m.last:#x}",
-                    "expected_pa": pa(m.expected_pa),
-                    "expected_prot": m.expected_prot,
-                    "found_pa": pa(m.found_pa),
-                    "found_prot": m.found_prot,
-                    "reason": m.reason,
-                    "level": m.level,
-                }
-                for m in result.mismatches
-            ],
+            "mismatches": [_mismatch(m) for m in result.mismatches],
             "steps": [[s.name, s.start_ns, s.ns] for s in result.steps],
             "journal": result.journal,
         }
@@ -495,11 +487,16 @@ class After(Vmm):
         if control.kill_at == "after":
             control.die()
         tags = self.tags()
-        rows = rows_of(self.areas, [], self.slots, tags)
+        bad = self._first_use() if self.later else []
+        rows = rows_of(self.areas, bad, self.slots, tags)
         top = 1 << self.config["input_lg2"]
         also = [Range(a.iova, a.last) for a in self.original]
         also += [Range(a[0], a[1]) for a in self.config["unplugged"]]
         probes = probes_of(self.areas, also, top)
+        if self.later:  # what the tables have in the quiet ranges is not known but where it is used
+            probes = [
+                p for p in probes if not any(q.overlaps(Range(p.iova, p.last)) for q in self.quiet + bad)
+            ]
         capacity = bar.read_register(self.bars[0], bar.CAPACITY)
         self.give_ranges([*fit(rows, capacity - len(probes)), *probes])
         control.ask("running")
@@ -507,6 +504,50 @@ class After(Vmm):
             bar.command(window, bar.CMD_VERIFY_ALL, timeout=120)
         control.ask("checked", guest=self.check_guest())
         self._publish("teardown")
+
+    def _first_use(self) -> list[Range]:
+        """Where no device works yet the VMM has each range proved before its devices use it; what is
+        quarantined.
+
+        IOAS_COPY reads the PFNs back, and so proves the range; the copy itself is not needed.
+        """
+        assert self.iommufd is not None
+        scratch = self.iommufd.ioas_alloc()
+        bad: list[Range] = []
+        known = [Range(a.iova, a.last) for a in self.original]
+        for a in self.areas:
+            new = subtract([Range(a.iova, a.last)], known)
+            old = [Range(max(a.iova, q.start), min(a.last, q.last)) for q in self.quiet]
+            for r in merge([r for r in old if r.start <= r.last] + new):
+                try:
+                    scratch.copy(self.ioas, r.start, r.size, iova=r.start, prot=a.prot)
+                except KernelRefused as e:
+                    number = getattr(e, "errno", None)
+                    if number == errno.EUCLEAN:
+                        bad.append(r)
+                    elif not (number == errno.ENOENT and self.state):  # a predecessor may have unmapped it
+                        raise
+        scratch.destroy()
+        return bad
+
+    def _proof(self) -> None:
+        """Wait until all is known, and tell what was found."""
+        assert self.iommufd is not None
+        end = time.monotonic() + _SWEEP_SECONDS
+        while (found := self.iommufd.progress(self.hwpt)).state == "validating" and time.monotonic() < end:
+            time.sleep(0.002)
+        if found.state == "validating":
+            found = self.iommufd.progress(self.hwpt, sweep=True)
+        total = sum(a.length for a in self.areas)
+        self.control.ask(
+            "proof",
+            state=found.state,
+            pages=(total - found.quarantined) // FRAME,
+            table_bytes=found.table_bytes,
+            validate_ns=found.validate_ns,
+            total_mismatches=found.total,
+            mismatches=[_mismatch(m) for m in found.mismatches],
+        )
 
     def _teardown(self) -> None:
         """Unmap everything in two halves: devices first stop to use a range, then it goes, then probes must
@@ -516,29 +557,35 @@ class After(Vmm):
         assert self.iommufd is not None
         tags = self.tags()
         half = (len(self.areas) + 1) // 2
-        left, gone = list(self.areas), list[Area]()
+        left, gone, kept = list(self.areas), list[Area](), list[Area]()
         problems: list[str] = []
         resumed = bool(self.state)
+        bad = self._first_use() if self.later else []
         for part in (self.areas[half:], self.areas[:half]):
             if not part:
                 continue
             left = left[: len(left) - len(part)]
-            using = rows_of(left, [], self.slots, tags)
+            using = rows_of(left, bad, self.slots, tags)
             self.give_ranges(using)
             for n, a in enumerate(part):
                 try:
                     self.ioas.unmap(a.iova, a.length)
                 except (KernelRefused, OSError) as e:
+                    number = getattr(e, "errno", None)
+                    if self.later and number == errno.EUCLEAN:
+                        kept.append(a)
                     # A predecessor that was killed may have unmapped it.
-                    if not (resumed and getattr(e, "errno", None) == 2):
+                    elif not (resumed and number == errno.ENOENT):
                         problems.append(f"unmap iova {a.iova:#x}-{a.last:#x}: {e}")
                 if control.kill_at == "teardown" and (n + 1) * 2 > len(part):
                     control.die()
-            gone += part
+            gone += [a for a in part if a not in kept]
             probes = [bar.RangeRow(a.iova, a.last, 0, 0, _PROBE) for a in gone]
             capacity = bar.read_register(self.bars[0], bar.CAPACITY)
             self.give_ranges(fit([*using, *fit(probes, max(1, capacity - len(using)))], capacity))
             self._wait_denied()
+        if self.later:
+            self._proof()
         for window in self.bars:
             bar.enable(window, False, timeout=60)
         for mapping in self.bars:
@@ -566,6 +613,22 @@ class After(Vmm):
             if all(n.denied + n.leaks - s.denied - s.leaks >= 64 for n, s in zip(now, start, strict=True)):
                 return
             time.sleep(0.001)
+
+
+def _mismatch(m: Mismatch) -> dict[str, Any]:
+    def pa(value: int | None) -> str | None:
+        return None if value is None else f"{value:#x}"
+
+    return {
+        "iova": f"{m.iova:#x}",
+        "last": f"{m.last:#x}",
+        "expected_pa": pa(m.expected_pa),
+        "expected_prot": m.expected_prot,
+        "found_pa": pa(m.found_pa),
+        "found_prot": m.found_prot,
+        "reason": m.reason,
+        "level": m.level,
+    }
 
 
 def _row(a: Area) -> list[int]:

@@ -83,6 +83,8 @@ def mismatch(m: Mapping[str, Any]) -> str:
     def side(pa: Any, prot: Any) -> str:
         return "nothing" if pa is None else f"pa {pa} {prot or ''}".rstrip()
 
+    if m["reason"] == "digest":
+        return "the areas are not those whose translations were sealed (digest)"
     where = m["iova"] if m["iova"] == m["last"] else f"{m['iova']}-{m['last']}"
     expected = side(m.get("expected_pa"), m.get("expected_prot"))
     found = side(m.get("found_pa"), m.get("found_prot"))
@@ -121,6 +123,8 @@ def _what(step: str, doc: Mapping[str, Any]) -> str:
     if step == "validate":
         if doc["policy"] == "trust":
             return "no check at all"
+        if doc["policy"] == "sealed" and not refused:
+            return "the areas have the digest that was sealed"
         found = len(restore["mismatches"])
         if refused and found:
             total = restore.get("total_mismatches", found)
@@ -132,6 +136,8 @@ def _what(step: str, doc: Mapping[str, Any]) -> str:
         if refused:
             return "not done"
         verb = "replaced hitlessly" if step == "switch" else "is the HWPT of the new IOAS"
+        if doc["policy"] in ("deferred", "sealed"):
+            verb += ", each range proved before its use"
         return f"prior domain {verb}"
     if step == "finish":
         return "nothing unclaimed" if not refused else ""
@@ -140,6 +146,8 @@ def _what(step: str, doc: Mapping[str, Any]) -> str:
     if step == "teardown":
         if refused:
             return "devices stop; the prior domain stays held"
+        if doc["outcome"] == "contained":
+            return "guest unmaps all but what is quarantined; the table goes as a whole"
         return f"guest unmaps all, {count(dma.get('denied', 0))} probes denied"
     return ""
 

@@ -79,8 +79,9 @@ class RestoreResult:
     :param outcome: "restored" or "refused" (nothing adopted, devices still on the prior tables).
     :param reason: why it was refused, or "". :param mismatches: the first of ``total_mismatches`` ranges
         that differ.
-    :param pages: 4 KiB pages proved. :param areas: areas replayed. :param table_bytes: bytes of tables that
-        were read for the proof. :param validate_ns: CPU time in ns of the kernel for the proof.
+    :param pages: 4 KiB pages proved (by sealed: whose set-up was). :param areas: areas replayed.
+    :param table_bytes: bytes of tables that were read for the proof. :param validate_ns: CPU time in ns of
+        the kernel for the proof.
     :param layout_differences: ranges with another leaf size than this kernel's own map would choose
         (adopt), or than the prior domain has (rebuild). :param steps: what was done when. :param journal:
         its entries, as text.
@@ -362,9 +363,12 @@ class _Run:
                 pages, table_bytes = compared.pages, compared.table_bytes
                 layout = compared.layout_differences
             else:
-                found = live.iommufd.adopt(ioas.id, entry.token, validate_only=True, capacity=self.capacity)
+                sealed = self.policy.name == "sealed"
+                found = live.iommufd.adopt(
+                    ioas.id, entry.token, validate_only=True, sealed=sealed, capacity=self.capacity
+                )
                 ns, pages, table_bytes = found.validate_ns, found.pages, found.table_bytes
-                layout = found.layout_differences
+                layout = 0 if sealed else found.layout_differences
             self._proved(journal.add(Kind.PROVED, pages, table_bytes, ns, layout))
 
     def _proved(self, entry: Entry) -> None:
@@ -399,8 +403,15 @@ class _Run:
                 continue
             ioas = live.ioases[entry.ioas]
             journal.add(Kind.INTENT_ADOPT, ioas.id, entry.token)
-            trust = self.policy.name == "trust"
-            found = live.iommufd.adopt(ioas.id, entry.token, trust=trust, capacity=self.capacity)
+            name = self.policy.name
+            found = live.iommufd.adopt(
+                ioas.id,
+                entry.token,
+                trust=name == "trust",
+                deferred=name == "deferred",
+                sealed=name == "sealed",
+                capacity=self.capacity,
+            )
             journal.add(Kind.ADOPTED, found.hwpt_id, entry.token, ioas.id)
             live.hwpts[entry.token] = found.hwpt_id
             if not result.table_bytes:

@@ -10,6 +10,7 @@ tables hold, and the tables with what hardware uses, before iommufd reads a PFN 
 from __future__ import annotations
 
 import errno
+import hmac
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -20,7 +21,8 @@ from weakref import WeakKeyDictionary
 from iokeep.errors import InputError, IokeepError
 from iokeep.handover.iommu import DomainRecord
 from iokeep.pt.compare import Mismatch, Verdict
-from iokeep.pt.diff import diff
+from iokeep.pt.diff import diff, normalised
+from iokeep.pt.digest import digest_extents
 from iokeep.pt.formats.base import Format
 from iokeep.pt.layout import compare_layouts, kernel_layout, table_layout
 from iokeep.pt.registry import open_format
@@ -420,13 +422,30 @@ class Priors:
         """
         start = time.thread_time_ns()
         wrong = self._wrong_root(prior)
+        if wrong is None and cmd.flags & uapi.IOMMU_LIVEUPDATE_ADOPT_SEALED:
+            wrong = self._wrong_digest(ioas, prior)
+            cmd.out_pages = _totals(ioas) >> 12 if wrong is None else 0
         cmd.out_validate_ns = time.thread_time_ns() - start
         verdict = Verdict(
             equal=wrong is None, mismatches=[] if wrong is None else [wrong], total=int(bool(wrong))
         )
+        pages = cmd.out_pages
         self._fill(cmd, verdict)
+        cmd.out_pages = pages
         cmd.out_layout_differences = NOT_COUNTED
         self._refuse(cmd, call, verdict, min(cmd.mismatch_capacity, MAX_MISMATCHES), f"IOAS {ioas.id}")
+
+    def _wrong_digest(self, ioas: Ioas, prior: PriorDomain) -> Mismatch | None:
+        """The areas are not those whose translations the old kernel sealed. No table is read."""
+        record = prior.record
+        expected = normalised(expected_extents(ioas).canonical(), prior.fmt.write_only)
+        if hmac.compare_digest(digest_extents(expected, record.digest_key), record.digest):
+            return None
+        text = (
+            f"the areas of IOAS {ioas.id} translate {expected.mapped_bytes} bytes otherwise than the "
+            f"{record.mapped_bytes} bytes that were sealed"
+        )
+        return Mismatch(0, _MAX, None, None, None, None, "digest", None, text)
 
     def _validate(
         self,

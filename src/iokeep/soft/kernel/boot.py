@@ -409,7 +409,8 @@ class Carrier:
     def _all_finished(self) -> None:
         """The last incoming session is finished: what nobody claimed is freed."""
         if len(self.kept):
-            self.kernel.log(f"KHO: {len(self.kept)} preserved frames that nobody claimed are freed")
+            when = "once adopted tables are proved" if self.priors.adoptions else "now"
+            self.kernel.log(f"KHO: {len(self.kept)} preserved frames that nobody claimed are freed {when}")
             self.priors.free_later(self.kept)
             self.kept = np.zeros(0, np.int64)
 
