@@ -25,13 +25,12 @@ import numpy as np
 from iokeep.errors import IokeepError
 from iokeep.mem.memory import U64, Memory
 from iokeep.mem.ranges import Range, RangeSet
-from iokeep.pt.compare import Comparison, Mismatch, clip_extents
-from iokeep.pt.diff import normalised
+from iokeep.pt.compare import Mismatch, clip_extents
 from iokeep.pt.extents import Extents
 from iokeep.pt.formats.base import Format
 from iokeep.pt.leaves import raw_ranges
-from iokeep.pt.tables import Items, Problems, TableMemory, Upper, descend, expand
-from iokeep.pt.verify import _found, _joined, _spans
+from iokeep.pt.tables import TableMemory
+from iokeep.pt.verify import verify
 
 _MAX = 2**64 - 1
 #: mismatches that are told apart in one piece; where there are more, the rest of the piece is quarantined
@@ -185,7 +184,9 @@ class Deferred:
         """Judge [start, last], all of which is unknown."""
         want = clip_extents(self._expect(start, last), start, last)
         try:
-            found, total, read = self._differences(start, last, want)
+            verdict = verify(
+                self.fmt, self.mem, self.root_pa, want, limit=NAMED, start=start, last=last, compiled=False
+            )
         except IokeepError as error:
             why = Mismatch(0, _MAX, self.root_pa, None, None, None, "absent", None, error.what)
             self.total += 1
@@ -193,7 +194,8 @@ class Deferred:
             for r in self.unknown(0, _MAX):
                 self._condemn(Quarantine(r, why))
             return
-        self.table_bytes += read
+        found, total = verdict.mismatches, verdict.total
+        self.table_bytes += verdict.table_bytes
         self.total += total
         self.mismatches += found[: max(NAMED - len(self.mismatches), 0)]
         at = start
@@ -217,45 +219,3 @@ class Deferred:
         self._known.add(*quarantine.range)
         self.quarantined.add(*quarantine.range)
         self._condemned(quarantine)
-
-    def _differences(self, start: int, last: int, want: Extents) -> tuple[list[Mismatch], int, int]:
-        """The first differences of [start, last] in order, how many there are, and bytes of tables read."""
-        fmt, tm = self.fmt, self._memory()
-        expected = normalised(want, fmt.write_only)
-        comparison = Comparison(NAMED)
-        read = 0
-        none = np.zeros(0, np.uint64)
-        # Windows: each half of a sign-extended space, and what lies beside the space.
-        at = start
-        for a, b in raw_ranges(fmt, start, last):
-            upper = descend(tm, self.root_pa, a, b)
-            read += upper.visited_bytes(fmt)
-            ends = fmt.extend(np.array([b], np.uint64))
-            end = int(ends[0])
-            self._window(tm, upper, (at, end), (a, b), expected, comparison)
-            at = end + 1
-        if at <= last:
-            empty = _spans(fmt, Problems(), False)
-            comparison.window(at, last, expected, _found(fmt, Items.join([])), empty, empty, (none, none))
-        found = comparison.mismatches()
-        return found, comparison.total, read
-
-    def _window(
-        self,
-        tm: TableMemory,
-        upper: Upper,
-        iovas: tuple[int, int],
-        raw: tuple[int, int],
-        expected: Extents,
-        comparison: Comparison,
-    ) -> None:
-        fmt = self.fmt
-        parts, problems = [], [upper.problems]
-        for items, bad in expand(tm, upper.base, upper.pa, upper.row, upper.prot, *raw):
-            parts.append(items)
-            problems.append(bad)
-        found = _joined(_found(fmt, upper.leaves), _found(fmt, Items.join(parts)), *iovas)
-        everything = Problems.join(problems)
-        opaque, attrs = _spans(fmt, everything, False), _spans(fmt, everything, True)
-        none = np.zeros(0, np.uint64)
-        comparison.window(*iovas, expected, found, opaque, attrs, (none, none))
