@@ -3,11 +3,12 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iokeep.errors import InputError, MemoryAbsent
-from iokeep.handover.radix import PreservedTree
+from iokeep.handover.radix import LiveTree, PreservedTree
+from iokeep.mem.ram import Ram
 
 
 def key_of(pfn, order):
@@ -177,3 +178,31 @@ def test_a_dense_tree_is_array_work(box):
     pfn = np.arange(1 << 18, dtype=np.uint64) + np.uint64(1 << 20)
     tree = PreservedTree.read(box, PreservedTree.of(pfn).write(box, box.alloc))
     assert np.array_equal(tree.frames(), pfn)
+
+
+@settings(max_examples=60)
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.booleans(), st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 10)), max_size=6)
+        ),
+        max_size=6,
+    )
+)
+def test_a_live_tree_reads_like_one_that_was_written_at_once(steps):
+    ram = Ram.of(4 << 20)
+    pages = iter(range(0x1000, 4 << 20, 0x1000))
+    live = LiveTree(ram, lambda npages, preserved: next(pages))
+    model = set()
+    for add, blocks in steps:
+        blocks = [((pfn >> order) << order, order) for pfn, order in blocks]
+        if not add:  # only what is there goes
+            blocks = [b for b in blocks if b in model]
+        part = PreservedTree.of(
+            np.array([b[0] for b in blocks], np.uint64), np.array([b[1] for b in blocks], np.uint8)
+        )
+        (live.add if add else live.discard)(part)
+        model = model | set(blocks) if add else model - set(blocks)
+    found = PreservedTree.read(ram, live.root_pa)
+    assert not found.problems
+    assert set(zip(found.pfn.tolist(), found.order.tolist(), strict=True)) == model

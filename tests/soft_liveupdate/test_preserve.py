@@ -20,7 +20,10 @@ from liveupdate_support import (
     nothing_left,
 )
 
+from iokeep.handover.radix import PreservedTree
 from iokeep.iommufd.client import Iommufd, VfioDevice
+from iokeep.luo.client import LiveUpdate
+from iokeep.soft.kernel import preserve_iommufd, preserve_memfd
 from iokeep.soft.kernel.preserve_memfd import folios
 
 PUNCH = 1 | 2
@@ -345,3 +348,79 @@ def test_a_device_that_is_not_preserved_stops(hosts):
     host.run()
     assert host.stats(1).transactions > stopped
     clean(host)
+
+
+def kinds(host):
+    return check_audit(host).by_kind.get("handover", 0)
+
+
+def test_what_is_preserved_is_in_the_tree_at_once_and_goes_again(host):
+    guest = Guest(host).start()
+    assert kinds(host) == 0
+    guest.preserve()
+    before = kinds(host)
+    assert before > 6  # the tree, the memfd's record and folios
+    guest.session.close()
+    assert kinds(host) == 0
+    guest.luo.close()
+    guest.preserve("vm-2")
+    assert kinds(host) == before
+    tree = PreservedTree.read(host.platform.ram, host.carrier.kho.tree.root_pa)
+    assert not tree.problems
+    prior = next(iter(host.kernel.iommu.domains.values()))
+    assert tree.contains(prior.table_pages >> np.uint64(12)).all()
+    memfd = next(f for f in host.kernel.files.values() if f.name == "ram")
+    assert tree.contains(memfd.pfns.astype(np.uint64)).all()
+
+
+def test_the_freeze_does_nothing_that_grows_with_the_guest(hosts, monkeypatch):
+    written = []
+    for size in (8, 40):
+        host = hosts(ram_bytes=128 * MIB, params={"placement": "4k-random"}, devices=False)
+        guest = Guest(host, ((0, size * MIB, 0, 3),), size * MIB).start().preserve()
+
+        def never(*args, **kw):
+            raise AssertionError("work for each page at the freeze")
+
+        with monkeypatch.context() as patch:
+            for name in ("prepare_domain", "expected_extents", "verify"):
+                patch.setattr(preserve_iommufd, name, never)
+            patch.setattr(preserve_memfd, "folios", never)
+            freeze = host.carrier
+            guest.transport.reboot_kexec()
+        written.append(freeze.freeze.out.written_bytes)
+        host.kexec("soft-7.4")
+        assert "1 prior domains" in host.log()
+    assert written[0] == written[1]
+
+
+def test_a_full_memory_preserves_nothing(hosts):
+    host = hosts(ram_bytes=32 * MIB, devices=False)
+    guest = Guest(host).start()
+    guest.open_luo()
+    session = guest.luo.create("vm-1")
+    frames = host.kernel.frames
+    hog = guest.transport.memfd_create("hog", 0)
+    guest.transport.ftruncate(hog, (frames.n_free - 3) * 4096)
+    guest.transport.fallocate(hog, 0, 0, (frames.n_free - 3) * 4096)
+    with fails(errno.ENOMEM):
+        session.preserve(guest.memfd, 1)
+    check_audit(host)
+    guest.transport.close(hog)
+    session.preserve(guest.memfd, 1)
+    check_audit(host)
+
+
+def test_a_seal_after_preserve_is_carried(host):
+    guest = Guest(host).start(seals=0)
+    guest.open_luo()
+    session = guest.luo.create("vm-1")
+    session.preserve(guest.memfd, 1)
+    guest.transport.add_seals(guest.memfd, 4)
+    guest.transport.lseek(guest.memfd, 0x123, 0)
+    after = guest.kexec()
+    t = host.transport()
+    memfd = LiveUpdate(t).retrieve("vm-1").retrieve(1)
+    assert t.get_seals(memfd) == 4
+    assert t.lseek(memfd, 0, 1) == 0x123
+    assert after

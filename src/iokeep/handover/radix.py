@@ -260,6 +260,56 @@ class PreservedTree:
         return cls(tree.pfn, tree.order, np.array(sorted(seen), np.uint64), tuple(problems))
 
 
+class LiveTree:
+    """The tree in memory while blocks come and go, as Linux keeps it: a block is added when it is preserved,
+    so that nothing is left to do at the reboot.
+
+    :param alloc: called as ``alloc(1, False)`` for each node, which it gives zeroed. A node stays until the
+        whole tree is given up.
+    """
+
+    def __init__(self, mem: WritableMemory, alloc: Alloc) -> None:
+        self._mem = mem
+        self._alloc = alloc
+        self.root_pa = alloc(1, False)
+        #: (level, prefix) -> pa; level 0 = the bitmaps
+        self._nodes: dict[tuple[int, int], int] = {(TOP_LEVEL, 0): self.root_pa}
+
+    def add(self, blocks: PreservedTree) -> None:
+        """These blocks must survive."""
+        self._change(blocks, True)
+
+    def discard(self, blocks: PreservedTree) -> None:
+        """These need not any more."""
+        self._change(blocks, False)
+
+    def _change(self, blocks: PreservedTree, there: bool) -> None:
+        if not len(blocks):
+            return
+        keys = np.sort(_encode(blocks.pfn, blocks.order))
+        leaf = keys >> np.uint64(BITMAP_LG2)
+        first = np.flatnonzero(np.concatenate((np.ones(1, np.bool_), leaf[1:] != leaf[:-1])))
+        for begin, end in zip(first.tolist(), [*first[1:].tolist(), len(keys)], strict=True):
+            prefix = int(leaf[begin])
+            pa = self._node(0, prefix) if there else self._nodes.get((0, prefix), 0)
+            if not pa:
+                continue  # never added: what would have added it ran out of memory
+            low = (keys[begin:end] & np.uint64((1 << BITMAP_LG2) - 1)).astype(np.int64)
+            bits = np.zeros(1 << BITMAP_LG2, np.uint8)
+            bits[low] = 1
+            mask = np.packbits(bits, bitorder="little")
+            page = np.frombuffer(self._mem.read(pa, PAGE_SIZE), np.uint8)
+            self._mem.write(pa, (page | mask if there else page & ~mask).tobytes())
+
+    def _node(self, level: int, prefix: int) -> int:
+        pa = self._nodes.get((level, prefix))
+        if pa is None:
+            above = self._node(level + 1, prefix >> TABLE_LG2)
+            pa = self._nodes[level, prefix] = self._alloc(1, False)
+            self._mem.write(above + 8 * (prefix & 511), pa.to_bytes(8, "little"))
+        return pa
+
+
 def _floor_lg2(value: U64) -> U64:
     """Index of the highest set bit of each value (all nonzero), exact over 64 bits."""
     out = np.zeros(value.shape, np.uint64)
@@ -271,4 +321,4 @@ def _floor_lg2(value: U64) -> U64:
     return out
 
 
-__all__ = ["MAX_ENTRIES", "MAX_FRAMES", "PreservedTree"]
+__all__ = ["LiveTree", "MAX_ENTRIES", "MAX_FRAMES", "PreservedTree"]

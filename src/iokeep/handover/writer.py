@@ -18,7 +18,7 @@ structures.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -178,6 +178,12 @@ def rewrite_pos(mem: WritableMemory, memfd_pa: int, pos: int) -> None:
     mem.write(memfd_pa, pos.to_bytes(8, "little"))
 
 
+def rewrite_seals(mem: WritableMemory, memfd_pa: int, seals: int) -> None:
+    """The seals likewise: some may have been added since."""
+    kind, at = abi.memfd_luo_ser.fields["seals"][:2]  # type: ignore[index]
+    mem.write(memfd_pa + at, np.array(seals, kind).tobytes())
+
+
 def write_luo(
     mem: WritableMemory,
     alloc: Alloc,
@@ -259,7 +265,7 @@ def write_handover(
     *,
     sessions: Sequence[SessionOut],
     flbs: Sequence[FlbOut] = (),
-    preserved: PreservedTree,
+    preserved: PreservedTree | Callable[[], int],
     liveupdate_num: int,
     previous_release: str,
     kexec_count: int,
@@ -268,7 +274,8 @@ def write_handover(
     """Everything that the next kernel finds from the FDT on; returns the pa of the FDT.
 
     :param preserved: frames that must survive and that this function does not allocate itself (module
-        docstring).
+        docstring). Or, where the tree is in memory already (:class:`~iokeep.handover.radix.LiveTree`), a
+        function that brings it up to date with all that ``alloc`` gave and returns the pa of its root.
     :param subtrees: further KHO clients, e.g. memblock, newer than LUO and kexec-metadata.
     :raises ValueError: a name or a number does not fit, or the FDT does not fit into its page.
     """
@@ -281,7 +288,10 @@ def write_handover(
         SubtreeOut(kho.LUO_KHO_ENTRY_NAME, luo_pa, abi.luo_ser.itemsize),
         *subtrees,
     ]
-    root_pa = preserved.union(recording.tree()).write(mem, alloc)
+    if isinstance(preserved, PreservedTree):
+        root_pa = preserved.union(recording.tree()).write(mem, alloc)
+    else:
+        root_pa = preserved()
     blob = kho_fdt(root_pa, clients)
     if len(blob) > PAGE_SIZE:
         raise ValueError(f"KHO FDT of {len(blob)} bytes does not fit into its page")
@@ -298,6 +308,7 @@ __all__ = [
     "SubtreeOut",
     "kho_fdt",
     "rewrite_pos",
+    "rewrite_seals",
     "write_blocks",
     "write_handover",
     "write_luo",

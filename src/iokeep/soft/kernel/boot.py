@@ -234,14 +234,22 @@ class Carrier:
         self.profile = profile_of(kernel.profile)
         self.priors = Priors(kernel, self.profile)
         self._freeze: Freeze | None = None
-        self.memfds = MemfdHandler(kernel, lambda: self.freeze.out, self.priors.free_later)
+        #: what preserved files have in memory for the next kernel already
+        self.kho = KhoOut(kernel.frames)
+        self.memfds = MemfdHandler(kernel, self.kho.part, self.priors.free_later)
         self.handlers: list[FileHandler] = [self.memfds]
         self.iommufds: IommufdHandler | None = None
         self.vfios: VfioHandler | None = None
         if self.profile.liveupdate:
             flb = (self.profile.iommu_record,)
             self.iommufds = IommufdHandler(
-                kernel, self.priors, self.memfds, self.profile.iommufd_record, flb, lambda: self.freeze
+                kernel,
+                self.priors,
+                self.memfds,
+                self.profile.iommufd_record,
+                flb,
+                self.kho.part,
+                lambda: self.freeze,
             )
             self.vfios = VfioHandler(
                 kernel, self.priors, self.iommufds, self.profile.vfio_record, flb, lambda: self.freeze
@@ -280,8 +288,7 @@ class Carrier:
         yield from self.memfds.claims()
         if len(self.kept):
             yield Claim("kept by the boot", self.kept)
-        if self._freeze is not None:
-            yield from self._freeze.out.claims()
+        yield from self.kho.claims()
 
     # ---- boot
 
@@ -439,7 +446,7 @@ class Carrier:
         if self.held:
             raise SysError(errno.EBUSY, f"what came over the last kexec is held: {self.held}")
         boot = kernel.platform.boot
-        self._freeze = Freeze(kernel, self.profile, KhoOut(kernel.frames))
+        self._freeze = Freeze(kernel, self.profile, self.kho.part())
         try:
             sessions = self.luo.freeze()
         except BaseException:
@@ -461,7 +468,7 @@ class Carrier:
         )
 
     def _abort(self) -> None:
-        self.freeze.out.abort()
+        self.freeze.out.drop()
         self._freeze = None
 
 

@@ -310,13 +310,18 @@ class FrameAllocator:
 
     def find_run(self, n: int, align: int = 1) -> int | None:
         """First pfn of ``n`` contiguous frames that are free and unplanned (or just free), else None."""
-        for usable in ((self.kind == Kind.FREE) & ~self.planned, self.kind == Kind.FREE):
-            edges = np.diff(usable.astype(np.int8), prepend=0, append=0)
-            starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
-            starts = (starts + align - 1) // align * align
-            fits = np.flatnonzero(ends - starts >= n)
-            if len(fits):
-                return int(starts[fits[0]])
+        for also_planned in (False, True):
+            for first in range(0, self.n_frames, _POOL_SCAN):  # the first part has one, most of the time
+                part = slice(first, first + _POOL_SCAN + n + align)
+                usable = self.kind[part] == Kind.FREE
+                if not also_planned:
+                    usable &= ~self.planned[part]
+                edges = np.diff(usable.astype(np.int8), prepend=0, append=0)
+                starts, ends = np.flatnonzero(edges == 1) + first, np.flatnonzero(edges == -1) + first
+                starts = (starts + align - 1) // align * align
+                fits = np.flatnonzero(ends - starts >= n)
+                if len(fits):
+                    return int(starts[fits[0]])
         return None
 
     # ---- references

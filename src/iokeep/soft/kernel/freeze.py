@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The old kernel's last act: everything that must survive is written down, or the reboot fails and nothing
-has changed.
+has changed. What cannot change after the files were preserved was written then (:func:`prepare_domain`, the
+memfds' records), so that little is left to do here, however large the guest.
 
 Parameters of the kernel that damage what is written, for rehearsals: ``records_version=NAME`` (the
 version string of the iommufd's record), ``truncate_records=1`` (the record is cut short),
@@ -11,12 +12,11 @@ from __future__ import annotations
 
 import errno
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from iokeep.errors import IokeepError
 from iokeep.handover.iommu import (
     DeviceRecord,
     DomainRecord,
@@ -29,12 +29,13 @@ from iokeep.handover.records import write_record
 from iokeep.handover.writer import FileOut, FlbOut, SessionOut
 from iokeep.mem.memory import U64
 from iokeep.pt.build import Table
-from iokeep.pt.digest import digest_extents
+from iokeep.pt.diff import normalised
+from iokeep.pt.digest import KEY_BYTES, digest_extents
 from iokeep.pt.extents import Extents
 from iokeep.pt.leaves import extents
 from iokeep.soft.kernel import vfio
 from iokeep.soft.kernel.frames import FRAME_BYTES
-from iokeep.soft.kernel.kho import KhoOut
+from iokeep.soft.kernel.kho import KhoPart
 from iokeep.soft.kernel.luo import IncomingFile, IncomingSession, Luo
 from iokeep.soft.kernel.syserror import SysError
 
@@ -47,13 +48,79 @@ if TYPE_CHECKING:
 _STALE_PAGES = 16
 
 
+def prepare_domain(out: KhoPart, domain: Domain, shown: Extents) -> DomainRecord:
+    """Preserve the tables of a domain and describe it, with a digest under a fresh key. Its mappings must not
+    change any more.
+
+    :param shown: what the tables translate, proved. :return: with index 0.
+    :raises SysError: ENOMEM, EINVAL.
+    """
+    root_pa, pages = domain.root_pa, domain.table_pages
+    out.preserve_pas(pages)
+    if domain.iommu.kernel.params.flag("stale_root"):
+        root_pa, pages = _stale_copy(out, domain)
+        shown = extents(domain.fmt, out.frames.ram, root_pa)[0]
+    shown = normalised(shown, domain.fmt.write_only).canonical()
+    key = secrets.token_bytes(KEY_BYTES)
+    return DomainRecord(
+        index=0,
+        format=domain.fmt.name,
+        config=dict(domain.fmt.config),
+        features=tuple(sorted(name for name, on in domain.fmt.features.items() if on)),
+        root_pa=root_pa,
+        domain_id=domain.domain_id,
+        top_level=domain.fmt.top_level,
+        table_pages=pages,
+        digest=digest_extents(shown, key),
+        digest_key=key,
+        mapped_bytes=shown.mapped_bytes,
+        extents_count=len(shown),
+    )
+
+
+def _stale_copy(out: KhoPart, domain: Domain) -> tuple[int, U64]:
+    """A table as it may have been earlier: the last pages of a run show the frames of its first ones."""
+    kernel = domain.iommu.kernel
+    ram = kernel.frames.ram
+    pages: list[int] = []
+
+    def alloc(n: int, size: int = 0) -> U64:
+        size = size or domain.fmt.table_bytes
+        pas = out.alloc_tables(n, size)
+        for pa in pas.tolist():
+            pages.extend(range(pa, pa + size, FRAME_BYTES))
+        return pas
+
+    old, _ = extents(domain.fmt, ram, domain.root_pa)
+    if not len(old):
+        raise SysError(errno.EINVAL, "stale_root: the domain maps nothing")
+    columns = (old.iova.tolist(), old.last.tolist(), old.pa.tolist(), old.prot.tolist())
+    rows = list(zip(*columns, strict=True))
+    longest = max(range(len(rows)), key=lambda i: rows[i][1] - rows[i][0])
+    iova, last, pa, prot = rows.pop(longest)
+    total = (last - iova + 1) // FRAME_BYTES
+    n = min(_STALE_PAGES, max(total // 2, 1))
+    cut = last + 1 - n * FRAME_BYTES
+    if cut > iova:
+        rows.append((iova, cut - 1, pa, prot))
+        rows.append((cut, last, pa, prot))
+    else:  # single pages only: it shows the frame of another one
+        rows.append((cut, last, int(old.pa[0 if longest else -1]), prot))
+    table = Table.create(domain.fmt, ram, alloc, lambda *gone: None)
+    table.map(Extents.of(rows))
+    kernel.log(f"stale_root: domain {domain.domain_id} is recorded with root {table.root_pa:#x}")
+    return table.root_pa, np.array(sorted(pages), np.uint64)
+
+
 @dataclass(eq=False)
 class Freeze:
     """One freeze: what was written so far."""
 
     kernel: Kernel
     profile: Profile
-    out: KhoOut
+    out: KhoPart
+    #: by domain id: what :func:`prepare_domain` made when the iommufds were preserved
+    prepared: dict[int, DomainRecord] = field(default_factory=dict)
     domains: list[DomainRecord] = field(default_factory=list)
     devices: list[DeviceRecord] = field(default_factory=list)
     carried: list[PciDevice] = field(default_factory=list)
@@ -62,71 +129,13 @@ class Freeze:
     # ---- called by the handlers
 
     def add_domain(self, domain: Domain) -> int:
-        """Preserve the tables of a domain and describe it; its index."""
+        """List a domain that was prepared; its index."""
         if domain.domain_id in self._indices:
             return self._indices[domain.domain_id]
-        self.out.preserve_pas(domain.table_pages)
-        root_pa, pages = domain.root_pa, domain.table_pages
-        if self.kernel.params.flag("stale_root"):
-            root_pa, pages = self._stale_copy(domain)
-        key = secrets.token_bytes(16)
-        try:
-            shown, problems = extents(domain.fmt, self.kernel.frames.ram, root_pa)
-        except IokeepError as error:
-            raise SysError(errno.EINVAL, f"domain {domain.domain_id}: {error.what}") from error
-        if len(problems):
-            raise SysError(errno.EINVAL, f"domain {domain.domain_id}: its tables have reserved bits set")
         index = len(self.domains)
-        self.domains.append(
-            DomainRecord(
-                index=index,
-                format=domain.fmt.name,
-                config=dict(domain.fmt.config),
-                features=tuple(sorted(name for name, on in domain.fmt.features.items() if on)),
-                root_pa=root_pa,
-                domain_id=domain.domain_id,
-                top_level=domain.fmt.top_level,
-                table_pages=pages,
-                digest=digest_extents(shown, key),
-                digest_key=key,
-                mapped_bytes=shown.mapped_bytes,
-                extents_count=len(shown),
-            )
-        )
+        self.domains.append(replace(self.prepared[domain.domain_id], index=index))
         self._indices[domain.domain_id] = index
         return index
-
-    def _stale_copy(self, domain: Domain) -> tuple[int, U64]:
-        """A table as it may have been earlier: the last pages of a run show the frames of its first ones."""
-        ram = self.kernel.frames.ram
-        pages: list[int] = []
-
-        def alloc(n: int, size: int = 0) -> U64:
-            size = size or domain.fmt.table_bytes
-            pas = self.out.alloc_tables(n, size)
-            for pa in pas.tolist():
-                pages.extend(range(pa, pa + size, FRAME_BYTES))
-            return pas
-
-        old, _ = extents(domain.fmt, ram, domain.root_pa)
-        if not len(old):
-            raise SysError(errno.EINVAL, "stale_root: the domain maps nothing")
-        columns = (old.iova.tolist(), old.last.tolist(), old.pa.tolist(), old.prot.tolist())
-        rows = list(zip(*columns, strict=True))
-        longest = max(range(len(rows)), key=lambda i: rows[i][1] - rows[i][0])
-        iova, last, pa, prot = rows.pop(longest)
-        total = (last - iova + 1) // FRAME_BYTES
-        n = min(_STALE_PAGES, max(total // 2, 1))
-        cut = last + 1 - n * FRAME_BYTES
-        if cut > iova:
-            rows.append((iova, cut - 1, pa, prot))
-            rows.append((cut, last, pa, prot))
-        else:  # single pages only: it shows the frame of another one
-            rows.append((cut, last, int(old.pa[0 if longest else -1]), prot))
-        table = Table.create(domain.fmt, ram, alloc, lambda *gone: None)
-        table.map(Extents.of(rows))
-        self.kernel.log(f"stale_root: domain {domain.domain_id} is recorded with root {table.root_pa:#x}")
-        return table.root_pa, np.array(sorted(pages), np.uint64)
 
     def add_device(self, dev: PciDevice, token: int, domain: Domain) -> int:
         """Describe a device that goes on working; its index."""

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from iokeep.errors import IokeepError
-from iokeep.handover.iommu import HwptRecord, IoasRecord, IommufdRecord
+from iokeep.handover.iommu import DomainRecord, HwptRecord, IoasRecord, IommufdRecord
+from iokeep.pt.extents import Extents
 from iokeep.pt.verify import verify
 from iokeep.soft.kernel.adopt import PriorDomain, Priors
 from iokeep.soft.kernel.deferred import expected_extents
 from iokeep.soft.kernel.files import F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK, File, Memfd
+from iokeep.soft.kernel.freeze import prepare_domain
 from iokeep.soft.kernel.hwpt import HwptPaging
 from iokeep.soft.kernel.ioas import Ioas
 from iokeep.soft.kernel.iommufd import Iommufd
@@ -32,6 +34,7 @@ from iokeep.soft.kernel.syserror import SysError
 if TYPE_CHECKING:
     from iokeep.soft.kernel.freeze import Freeze
     from iokeep.soft.kernel.kernel import Kernel
+    from iokeep.soft.kernel.kho import KhoPart
     from iokeep.soft.kernel.pages import Area
 
 SEALS = F_SEAL_SEAL | F_SEAL_GROW | F_SEAL_SHRINK
@@ -39,11 +42,16 @@ SEALS = F_SEAL_SEAL | F_SEAL_GROW | F_SEAL_SHRINK
 
 @dataclass(slots=True, eq=False)
 class PreservedIommufd:
-    """What LUO holds of a preserved iommufd: its marked HWPTs, each with its token and one more user."""
+    """What LUO holds of a preserved iommufd: its marked HWPTs, each with its token and one more user; their
+    domains (by id) and IOASes, described already; their tables, in the tree already.
+    """
 
     iommufd: Iommufd
     session: Session
     hwpts: list[tuple[HwptPaging, int]]
+    domains: dict[int, DomainRecord]
+    ioases: tuple[IoasRecord, ...]
+    part: KhoPart
 
 
 @dataclass(eq=False)
@@ -51,7 +59,8 @@ class IommufdHandler(FileHandler):
     """LUO handler of iommufds.
 
     :param compatible: version of the record, of the kernel's profile. :param flb: the IOMMU core's FLB.
-    :param freeze_now: the freeze that is going on. :param incoming: records that came over the kexec, by pa.
+    :param part: makes a new part of the KHO output. :param freeze_now: the freeze that is going on.
+    :param incoming: records that came over the kexec, by pa.
     """
 
     kernel: Kernel
@@ -59,6 +68,7 @@ class IommufdHandler(FileHandler):
     memfds: MemfdHandler
     compatible: str
     flb: tuple[str, ...]
+    part: Callable[[], KhoPart]
     freeze_now: Callable[[], Freeze]
     incoming: dict[int, IommufdRecord] = field(default_factory=dict)
     held: list[PreservedIommufd] = field(default_factory=list)
@@ -78,12 +88,20 @@ class IommufdHandler(FileHandler):
         for ioas in {hwpt.ioas.id: hwpt.ioas for hwpt, _ in hwpts}.values():
             for area in ioas.areas:
                 self._check_area(session, area)
-        for hwpt, _ in hwpts:
-            self._check_table(hwpt)
+        shown = {hwpt.domain.domain_id: (hwpt.domain, self._check_table(hwpt)) for hwpt, _ in hwpts}
+        ioases = {hwpt.ioas.id: hwpt.ioas for hwpt, _ in hwpts}
+        part = self.part()
+        try:
+            domains = {number: prepare_domain(part, *what) for number, what in shown.items()}
+            records = tuple(self._ioas(session, ioas) for ioas in ioases.values())
+            part.flush()
+        except SysError:
+            part.drop()
+            raise
         file.preserved = True
         for hwpt, _ in hwpts:
             hwpt.users += 1
-        private = PreservedIommufd(file, session, hwpts)
+        private = PreservedIommufd(file, session, hwpts, domains, records, part)
         self.held.append(private)
         return private
 
@@ -104,17 +122,13 @@ class IommufdHandler(FileHandler):
                 errno.EINVAL, f"{where}: memfd {file.name} is not preserved in session [{session.name}]"
             )
 
-    def _check_table(self, hwpt: HwptPaging) -> None:
+    def _check_table(self, hwpt: HwptPaging) -> Extents:
+        """What the HWPT shows, proved. :raises SysError: EINVAL, EUCLEAN."""
         if hwpt.domain.proof is not None:
             hwpt.domain.proof.need_all()
+        expected = expected_extents(hwpt.ioas)
         try:
-            verdict = verify(
-                hwpt.domain.fmt,
-                self.kernel.frames.ram,
-                hwpt.domain.root_pa,
-                expected_extents(hwpt.ioas),
-                limit=1,
-            )
+            verdict = verify(hwpt.domain.fmt, self.kernel.frames.ram, hwpt.domain.root_pa, expected, limit=1)
         except IokeepError as error:
             raise SysError(errno.EINVAL, f"iommufd: HWPT {hwpt.id}: {error.what}") from error
         if not verdict.equal:
@@ -122,23 +136,25 @@ class IommufdHandler(FileHandler):
             raise SysError(
                 errno.EINVAL, f"iommufd: HWPT {hwpt.id} does not show the frames of its files: {first}"
             )
+        return expected
 
     def unpreserve(self, file: File, private: PreservedIommufd) -> None:
-        """Mutable again."""
+        """Mutable again; nothing of it is in the tree any more."""
+        private.part.drop()
         for hwpt, _ in private.hwpts:
             hwpt.users -= 1
         private.iommufd.preserved = False
         self.held.remove(private)
 
     def freeze(self, file: File, private: PreservedIommufd) -> int:
-        """Tables into the preserved tree, domains into the FLB, HWPTs and areas into the record; its pa."""
+        """Domains into the FLB, HWPTs and areas into the record; its pa."""
         now = self.freeze_now()
-        ioases = {hwpt.ioas.id: hwpt.ioas for hwpt, _ in private.hwpts}
+        now.prepared.update(private.domains)
         record = IommufdRecord(
             hwpts=tuple(
                 HwptRecord(token, now.add_domain(hwpt.domain), hwpt.ioas.id) for hwpt, token in private.hwpts
             ),
-            ioases=tuple(self._ioas(private.session, ioas) for ioas in ioases.values()),
+            ioases=private.ioases,
         )
         return now.write_iommufd(record)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from iokeep.handover.abi import MEMFD_LUO_ALL_SEALS, MEMFD_LUO_FH_COMPATIBLE
-from iokeep.handover.writer import MemfdOut, write_memfd
+from iokeep.handover.writer import MemfdOut, rewrite_pos, rewrite_seals, write_memfd
 from iokeep.soft.kernel.files import File, Memfd
 from iokeep.soft.kernel.frames import BLOCK, I64, Claim, Kind
 from iokeep.soft.kernel.luo import FileHandler, LuoFile, Session
@@ -24,7 +24,7 @@ from iokeep.soft.kernel.syserror import SysError
 
 if TYPE_CHECKING:
     from iokeep.soft.kernel.kernel import Kernel
-    from iokeep.soft.kernel.kho import KhoOut
+    from iokeep.soft.kernel.kho import KhoPart
 
 #: order of a 2 MiB folio
 HUGE_ORDER = 9
@@ -33,10 +33,12 @@ _UINT_MAX = 2**32 - 1
 
 @dataclass(slots=True, eq=False)
 class PreservedMemfd:
-    """What LUO holds of a preserved memfd: its pinned frames."""
+    """What LUO holds of a preserved memfd: its pinned frames, and its record, written already."""
 
     memfd: Memfd
     pfns: I64
+    part: KhoPart
+    record_pa: int
 
     def claims(self) -> Iterable[Claim]:
         """The pins."""
@@ -92,13 +94,13 @@ def folios(pfns: I64) -> tuple[I64, I64, I64]:
 class MemfdHandler(FileHandler):
     """LUO handler "memfd-v2".
 
-    :param out: the KHO output of the freeze that is going on. :param free: frees frames that came over the
+    :param part: makes a new part of the KHO output. :param free: frees frames that came over the
         kexec and that nobody claimed, or keeps them while a wrong table may lead there.
     :param incoming: what came over the kexec by the pa of its record.
     """
 
     kernel: Kernel
-    out: Callable[[], KhoOut]
+    part: Callable[[], KhoPart]
     free: Callable[[I64], None]
     incoming: dict[int, IncomingMemfd] = field(default_factory=dict)
     held: list[PreservedMemfd] = field(default_factory=list)
@@ -115,7 +117,10 @@ class MemfdHandler(FileHandler):
         return ("inode", file.ino)
 
     def preserve(self, session: Session, file: File, token: int) -> PreservedMemfd:
-        """Freeze size and pages, fill holes, pin. :raises SysError: EOPNOTSUPP seals; EFBIG; ENOMEM."""
+        """Freeze size and pages, fill holes, pin, and write all that will not change.
+
+        :raises SysError: EOPNOTSUPP seals; EFBIG; ENOMEM.
+        """
         assert isinstance(file, Memfd)
         if file.seals & ~MEMFD_LUO_ALL_SEALS:
             raise SysError(errno.EOPNOTSUPP, f"memfd {file.name}: seals {file.seals:#x} cannot be carried")
@@ -123,31 +128,47 @@ class MemfdHandler(FileHandler):
             raise SysError(errno.EFBIG, f"memfd {file.name}: {file.n_pages} pages")
         pfns = file.fault(0, file.n_pages - 1) if file.n_pages else np.zeros(0, np.int64)
         self.kernel.frames.pin(pfns)
+        part = self.part()
+        try:
+            record_pa = self._write(part, file, pfns)
+        except SysError:
+            part.drop()
+            self.kernel.frames.unpin(pfns)
+            raise
         file.preserved = True
-        private = PreservedMemfd(file, pfns)
+        private = PreservedMemfd(file, pfns, part, record_pa)
         self.held.append(private)
         return private
 
     def unpreserve(self, file: File, private: PreservedMemfd) -> None:
         """Unpin; the file may change again."""
+        private.part.drop()
         self.kernel.frames.unpin(private.pfns)
         private.memfd.preserved = False
         self.held.remove(private)
 
     def freeze(self, file: File, private: PreservedMemfd) -> int:
-        """Write memfd_luo_ser and the folios; position and seals as they are now."""
-        out, memfd = self.out(), private.memfd
-        pfn, index, order = folios(private.pfns)
+        """Position and seals as they are now, into the record."""
+        ram = self.kernel.frames.ram
+        rewrite_pos(ram, private.record_pa, file.pos)
+        rewrite_seals(ram, private.record_pa, private.memfd.seals)
+        return private.record_pa
+
+    def _write(self, out: KhoPart, memfd: Memfd, pfns: I64) -> int:
+        """memfd_luo_ser and the folios; the pa of the record."""
+        pfn, index, order = folios(pfns)
         out.preserve(pfn[order == 0])
         out.preserve(pfn[order == HUGE_ORDER], HUGE_ORDER)
         record = MemfdOut(
-            pos=file.pos,
+            pos=memfd.pos,
             size=memfd.size,
             seals=memfd.seals,
             pfn=pfn.astype(np.uint64),
             index=index.astype(np.uint64),
         )
-        return write_memfd(self.kernel.frames.ram, out.alloc, record)
+        pa = write_memfd(self.kernel.frames.ram, out.alloc, record)
+        out.flush()
+        return pa
 
     def claims(self) -> Iterable[Claim]:
         """Pins of preserved files, and frames of incoming ones that nobody has."""

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ADOPT with SEALED: the digest of the set-up at once, the tables range by range as by DEFERRED."""
+
+import errno
+
+import pytest
+from liveupdate_support import AREAS, HWPT_TOKEN, MIB, Guest, check_audit, clean, fails, nothing_left
+
+from iokeep.iommufd.client import NotEqual
+from iokeep.pt.walk import walk
+from iokeep.soft.kernel import adopt as adopt_module
+
+STILL = {"sweep_rate": 0}
+TOTAL = sum(length for _, length, _, _ in AREAS)
+
+
+def arrive(host, **params):
+    guest = Guest(host).start().preserve().kexec("soft-7.4", {**STILL, **params}).retrieve()
+    guest.dev_id = guest.device.bind(guest.iommufd)
+    return guest
+
+
+@pytest.fixture
+def after(host):
+    return arrive(host)
+
+
+@pytest.mark.parametrize("placement", ["contiguous", "2m-scattered", "4k-random"])
+@pytest.mark.parametrize("mode", ["legacy", "scalable-fs"])
+def test_whatever_the_leaves_are(hosts, placement, mode, monkeypatch):
+    params = {"placement": placement, "iommu": mode}
+    after = arrive(hosts(params=params), **params)
+    after.replay()
+
+    def never(*args, **kw):
+        raise AssertionError("a table is read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adopt_module, "verify", never)
+        found = after.iommufd.adopt(after.ioas.id, HWPT_TOKEN, sealed=True, validate_only=True)
+        assert (found.hwpt_id, found.pages, found.table_bytes) == (0, TOTAL >> 12, 0)
+        after.hwpt = after.iommufd.adopt(after.ioas.id, HWPT_TOKEN, sealed=True).hwpt_id
+    after.device.attach(after.hwpt)
+    assert after.iommufd.progress(after.hwpt).unknown == TOTAL
+    after.session.finish()
+    assert after.iommufd.progress(after.hwpt, sweep=True).state == "validated"
+    after.host.run()
+    clean(after.host)
+    after.exit()
+    nothing_left(after.host)
+
+
+@pytest.mark.parametrize(
+    "areas",
+    [
+        AREAS[:3],
+        (*AREAS, (0x3000_0000, 0x2000, 0, 3)),
+        (*AREAS[:2], (0x2000_0000, 0x11000, 6 * MIB, 3), AREAS[3]),
+        (*AREAS[:3], (0x40_0000_0000, 0x3000, 6 * MIB + 0x21000, 3)),
+        (*AREAS[:3], (0x40_0000_1000, 0x3000, 6 * MIB + 0x20000, 3)),
+    ],
+    ids=["dropped", "extra", "prot", "offset", "iova"],
+)
+def test_another_set_up_is_refused_at_once(after, areas):
+    after.replay(areas)
+    with fails(errno.EINVAL, NotEqual) as caught:
+        after.iommufd.adopt(after.ioas.id, HWPT_TOKEN, sealed=True)
+    assert [m.reason for m in caught.value.mismatches] == ["digest"]
+    assert "sealed" in str(caught.value.mismatches[0])
+    assert [h.reclaimed for h in after.iommufd.liveupdate_info()] == [False]
+    after.host.run()
+    clean(after.host)
+
+
+def test_a_cut_of_the_areas_does_not_count(after):
+    half = AREAS[0][1] // 2
+    after.replay(((0, half, 0, 3), (half, half, half, 3), *AREAS[1:]))
+    after.iommufd.adopt(after.ioas.id, HWPT_TOKEN, sealed=True)
+
+
+def test_a_wrong_table_under_the_right_seal_is_contained(after):
+    after.host.stop_device(0)
+    prior = next(iter(after.host.carrier.priors.domains.values()))
+    bad = AREAS[3][0] + 0x1000
+    ram = after.host.platform.ram
+    at = walk(prior.fmt, ram, prior.record.root_pa, bad).steps[-1][1]
+    ram.store64(at, ram.load64(at) ^ 0x5000)
+    after.replay()
+    after.hwpt = after.iommufd.adopt(after.ioas.id, HWPT_TOKEN, sealed=True).hwpt_id
+    after.device.attach(after.hwpt)
+    with fails(errno.EUCLEAN):
+        after.ioas.unmap(*AREAS[3][:2])
+    after.session.finish()
+    check_audit(after.host)
+    after.exit()
+    nothing_left(after.host)
+
+
+def test_the_wrong_root_comes_first(hosts):
+    host = hosts(params={"stale_root": 1})
+    after = arrive(host)
+    after.replay()
+    with fails(errno.EINVAL, NotEqual) as caught:
+        after.iommufd.adopt(after.ioas.id, HWPT_TOKEN, sealed=True)
+    assert caught.value.mismatches[0].reason == "root"
+
+
+def test_a_fresh_key_each_time(host):
+    guest = Guest(host).start()
+    keys = set()
+    for number in range(3):
+        guest.preserve(f"vm-{number}")
+        (held,) = host.carrier.iommufds.held
+        (record,) = held.domains.values()
+        keys.add(record.digest_key)
+        guest.session.close()
+        guest.luo.close()
+    assert len(keys) == 3
