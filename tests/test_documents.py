@@ -23,6 +23,8 @@ CASES = {
     "extents": (0, ["table", "extents", CAPTURES / "vtd-smfs-small"]),
     "handover": (0, ["handover", "show", KHO / "s2-sessions-F"]),
     "handover with a problem": (1, ["handover", "show", KHO / "s6-51dup-F"]),
+    "bench list": (0, ["bench", "list"]),
+    "bench run": (0, ["bench", "run", "--size", "8M", "--repeat", "1", "--no-peers", "--format", "vtdss"]),
     "no such capture": (3, ["table", "verify", CAPTURES / "not-there"]),
     "refused": (1, ["rehearse", "--memory", "16M", "--inject", "pte-bit"]),
 }

@@ -16,7 +16,7 @@ SRC = Path(__file__).parent.parent / "src" / "iokeep"
 FLOORS = [
     {"uapi", "mem"},
     {"pt", "handover", "iommufd", "luo"},
-    {"soft", "inspect", "restore"},
+    {"soft", "inspect", "restore", "bench"},
     {"rehearse", "agent"},
     {"cli"},
 ]

@@ -19,7 +19,7 @@ OUT = ROOT / "docs" / "house.svg"
 FLOORS = [
     ["cli"],
     ["rehearse", "agent"],
-    ["soft", "inspect", "restore"],
+    ["soft", "inspect", "restore", "bench"],
     ["pt", "handover", "iommufd", "luo"],
     ["uapi", "mem"],
 ]

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs cases: every method in turn, round by round, so that what disturbs one disturbs all; medians."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from iokeep.bench.cases import Built, Case, build
+from iokeep.bench.peers import Peers, can_read, compile_peers
+from iokeep.mem.memory import U64
+from iokeep.pt.build import Table
+from iokeep.pt.diff import diff, normalised
+from iokeep.pt.digest import digest, digest_extents
+from iokeep.pt.leaves import extents
+from iokeep.pt.tables import TableMemory, descend
+from iokeep.pt.verify import verify
+
+SCHEMA = "iokeep.bench-v1"
+_KEY = bytes(range(16))
+_SCALE = 16 << 40
+Method = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """:param repeat: rounds; the median counts. :param threads: of the engine. :param peers: those in C."""
+
+    repeat: int = 7
+    threads: int = 1
+    peers: bool = True
+
+
+def _limit(built: Built, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Method:
+    """Read the tables of level 0 once, as fast as memory is, in the order in which they lie."""
+    words = built.ram.words.reshape(-1, built.fmt.levels[0].items)
+    if not len(rows):
+        return lambda: None
+    first, last = int(rows.min()), int(rows.max()) + 1
+    flat = words[first:last].reshape(-1)
+    return lambda: np.bitwise_or.reduce(flat)
+
+
+def _methods(case: Case, built: Built, peers: Peers | None, threads: int) -> tuple[dict[str, Method], int]:
+    """Method -> what it does; and the bytes of tables that are read (or written)."""
+    fmt, ram, root, e = built.fmt, built.ram, built.root_pa, built.extents
+    upper = descend(TableMemory(fmt, ram), root)
+    size = upper.visited_bytes(fmt)
+    methods: dict[str, Method] = {"limit": _limit(built, upper.row)}
+    args = (fmt, ram, root)
+    if case.job == "verify":
+        check = partial(verify, *args, e)
+        methods["iokeep"] = lambda: _must(check(compiled=True, threads=threads).equal)
+        methods["numpy"] = lambda: _must(check(compiled=False).equal)
+        if peers is not None:
+            methods["c_walk"] = lambda: _must(peers.walk_pages(fmt, ram, root, e) == 0)
+            if case.leaf == "4K" and case.layout != "random-4k":
+                order = np.argsort(upper.row)
+                rows = np.ascontiguousarray(upper.row[order])
+                words = _first_words(built, upper.base)[order]
+                methods["c_table"] = lambda: _must(peers.sweep_tables(fmt, ram, rows, words) == 0)
+    elif case.job == "verify-range":
+        start = int(e.iova[len(e) // 2]) & -(2 << 20)
+        some = partial(verify, *args, e, start=start, last=start + (2 << 20) - 1)
+        methods["iokeep"] = lambda: _must(some().equal)
+    elif case.job == "digest":
+        want = digest_extents(normalised(e, fmt.write_only), _KEY)
+        methods["iokeep"] = lambda: _must(digest(*args, _KEY, compiled=True, threads=threads) == want)
+        methods["numpy"] = lambda: _must(digest(*args, _KEY, compiled=False) == want)
+    elif case.job == "expect":
+        methods["iokeep"] = lambda: digest_extents(e, _KEY)
+    elif case.job == "extents":
+        methods["iokeep"] = lambda: extents(*args)
+    elif case.job == "diff":
+        other = build(case, seed=1)
+        methods["limit"] = _both(methods["limit"], _limit(other, descend(_memory(other), other.root_pa).row))
+        methods["iokeep"] = lambda: _must(diff(*args, other.fmt, other.ram, other.root_pa).equal)
+        size *= 2
+    elif case.job == "build":
+        pages = np.unique(np.concatenate(upper.pages))
+        methods["limit"] = partial(_clear, built, upper.row)
+        methods["iokeep"] = partial(_build_again, built, pages)
+    return methods, size
+
+
+def _memory(built: Built) -> TableMemory:
+    return TableMemory(built.fmt, built.ram)
+
+
+def _both(a: Method, b: Method) -> Method:
+    def run() -> None:
+        a()
+        b()
+
+    return run
+
+
+def _must(right: bool) -> None:
+    if not right:
+        raise AssertionError("a method got it wrong: its time means nothing")
+
+
+def _first_words(built: Built, base: U64) -> U64:
+    """First item of each table of level 0, where one extent fills each."""
+    e, spec = built.extents, built.fmt.levels[0]
+    at = np.searchsorted(e.iova, base, side="right") - 1
+    perm = spec.leaf_base | spec.prot_bits[3]
+    return (e.pa[at] + (base - e.iova[at])) | np.uint64(perm)
+
+
+def _clear(built: Built, rows: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+    """memset of the tables of level 0."""
+    words = built.ram.words.reshape(-1, built.fmt.levels[0].items)
+    words[int(rows.min()) : int(rows.max()) + 1].fill(0)
+
+
+def _build_again(built: Built, pages: U64) -> None:
+    """The same tables again, into memory that was touched before and is cleared here."""
+    fmt, ram = built.fmt, built.ram
+    words = ram.words.reshape(-1, fmt.table_bytes // 8)
+    words[(pages // np.uint64(fmt.table_bytes)).astype(np.int64)] = 0
+    given = 0
+
+    def alloc(n: int, size: int = fmt.table_bytes) -> U64:
+        nonlocal given
+        if size > fmt.table_bytes:
+            return np.array([built.root_pa], np.uint64)
+        given += n
+        return stock[given - n : given].copy()
+
+    stock = pages[pages != np.uint64(built.root_pa)] if fmt.root_bytes > fmt.table_bytes else pages
+    table = Table.create(fmt, ram, alloc, lambda gone, size=0: None)
+    table.map(built.extents, max_lg2=built.leaf_lg2)
+    built.table = table
+
+
+def measure(case: Case, peers: Peers | None, options: Options) -> list[dict[str, Any]]:
+    """One row for each method of a case. :raises CapabilityError: not enough memory."""
+    built = build(case)
+    usable = peers if peers is not None and options.peers and can_read(built.fmt) else None
+    methods, size = _methods(case, built, usable, options.threads)
+    times: dict[str, list[float]] = {name: [] for name in methods}
+    slow: set[str] = set()
+    for name, method in methods.items():  # compiled, and warm
+        begin = perf_counter()
+        method()
+        if perf_counter() - begin > 2.0:
+            slow.add(name)
+    for number in range(options.repeat):
+        for name, method in methods.items():
+            if name in slow and number:
+                continue  # minutes for nothing
+            begin = perf_counter()
+            method()
+            times[name].append(perf_counter() - begin)
+    ms = {name: float(np.median(values)) * 1e3 for name, values in times.items()}
+    mapped = built.extents.mapped_bytes
+    rows = []
+    for name in methods:
+        against = {peer: ms[peer] / ms[name] if peer in ms and ms[name] else None for peer in _PEERS}
+        rows.append(
+            {
+                "job": case.job,
+                "format": case.format,
+                "layout": case.layout,
+                "tables": case.tables,
+                "leaf": case.leaf,
+                "mapped_bytes": mapped,
+                "table_bytes": size,
+                "method": name,
+                "ms": ms[name],
+                "ns_per_page": ms[name] * 1e6 / (mapped >> 12),
+                "share_of_limit": ms["limit"] / ms[name] if ms[name] and case.job in _READERS else None,
+                "gib_per_s": size / ms[name] * 1e3 / (1 << 30) if ms[name] and case.job in _READERS else None,
+                "s_per_16_tib": ms[name] / 1e3 * _SCALE / mapped,
+                "speedup": against,
+            }
+        )
+    return rows
+
+
+_PEERS = ("c_walk", "c_table", "numpy")
+#: jobs that go through all tables: others have no limit in memory's speed
+_READERS = ("verify", "digest", "extents", "diff", "build")
+
+
+def run(
+    chosen: Iterable[Case], options: Options, say: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """All cases; the document of ``iokeep bench run``. :param say: told each case before it runs."""
+    compiled = compile_peers() if options.peers else "not asked for"
+    peers = compiled if isinstance(compiled, Peers) else None
+    results: list[dict[str, Any]] = []
+    for case in chosen:
+        say(case.name)
+        results += measure(case, peers, options)
+    return {
+        "machine": {
+            "cpu": platform.processor() or platform.machine(),
+            "cpus": len(os.sched_getaffinity(0)),
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+        },
+        "repeat": options.repeat,
+        "threads": options.threads,
+        "peers_missing": compiled if isinstance(compiled, str) else None,
+        "results": results,
+    }
