@@ -7,6 +7,7 @@ import pytest
 from liveupdate_support import AREAS, HWPT_TOKEN, MIB, Guest, check_audit, clean, fails, nothing_left
 
 from iokeep.iommufd.client import NotEqual
+from iokeep.pt.digest import digest
 from iokeep.pt.walk import walk
 from iokeep.soft.kernel import adopt as adopt_module
 
@@ -116,3 +117,26 @@ def test_a_fresh_key_each_time(host):
         guest.session.close()
         guest.luo.close()
     assert len(keys) == 3
+
+
+def test_the_seal_follows_what_is_mapped_and_unmapped(host):
+    """From the mark on: what is written at preserve is the digest of what is mapped then."""
+    guest = Guest(host).start()
+    guest.iommufd.mark_preserve(guest.hwpt, HWPT_TOKEN)
+    host.stop_device(0)
+    domain = next(iter(host.kernel.iommu.domains.values()))
+    key = domain.seal.key
+    guest.ioas.unmap(*AREAS[1][:2])
+    guest.ioas.map_file(guest.memfd, 0x3000, 0x5000, iova=0x7000_0000, prot=1)
+    guest.ioas.map_file(guest.memfd, 2 * MIB, 2 * MIB, iova=0x8000_0000)
+    guest.ioas.unmap(0x7000_0000, 0x5000)
+    guest.preserve(mark=False)
+    (held,) = host.carrier.iommufds.held
+    (record,) = held.domains.values()
+    assert record.digest_key == key
+    assert record.digest == digest(domain.fmt, host.platform.ram, domain.root_pa, key)
+    areas = (AREAS[0], *AREAS[2:], (0x8000_0000, 2 * MIB, 2 * MIB, 3))
+    after = guest.kexec("soft-7.4", STILL).retrieve()
+    after.device.bind(after.iommufd)
+    after.replay(areas)
+    after.iommufd.adopt(after.ioas.id, HWPT_TOKEN, sealed=True)

@@ -143,6 +143,11 @@ class Digest:
         self._sums = list(sums)
 
     @property
+    def key(self) -> bytes:
+        """The 16 bytes that it is keyed with."""
+        return self._key
+
+    @property
     def sums(self) -> tuple[int, int, int]:
         """X, Y and the number of pages."""
         return self._sums[0], self._sums[1], self._sums[2]

@@ -9,6 +9,7 @@ tables hold, and the tables with what hardware uses, before iommufd reads a PFN 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hmac
 import math
@@ -369,6 +370,9 @@ class Priors:
                 raise SysError(errno.EADDRINUSE, f"HWPT {other.id} has token {token:#x}")
             if other is hwpt and token != cmd.hwpt_token:
                 raise SysError(errno.EINVAL, f"HWPT {hwpt.id} is marked with token {token:#x} already")
+        if hwpt.domain.seal is None:
+            with contextlib.suppress(SysError):  # what cannot be sealed is refused when it is preserved
+                hwpt.domain.set_seal(expected_extents(hwpt.ioas))
         self.marks[hwpt] = cmd.hwpt_token
         call.respond(cmd)
 

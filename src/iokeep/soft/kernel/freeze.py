@@ -11,7 +11,6 @@ version string of the iommufd's record), ``truncate_records=1`` (the record is c
 from __future__ import annotations
 
 import errno
-import secrets
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -30,7 +29,6 @@ from iokeep.handover.writer import FileOut, FlbOut, SessionOut
 from iokeep.mem.memory import U64
 from iokeep.pt.build import Table
 from iokeep.pt.diff import normalised
-from iokeep.pt.digest import KEY_BYTES, digest_extents
 from iokeep.pt.extents import Extents
 from iokeep.pt.leaves import extents
 from iokeep.soft.kernel import vfio
@@ -49,8 +47,8 @@ _STALE_PAGES = 16
 
 
 def prepare_domain(out: KhoPart, domain: Domain, shown: Extents) -> DomainRecord:
-    """Preserve the tables of a domain and describe it, with a digest under a fresh key. Its mappings must not
-    change any more.
+    """Preserve the tables of a domain and describe it, with the digest that it kept (or, where it has none,
+    under a fresh key). Its mappings must not change any more.
 
     :param shown: what the tables translate, proved. :return: with index 0.
     :raises SysError: ENOMEM, EINVAL.
@@ -60,8 +58,9 @@ def prepare_domain(out: KhoPart, domain: Domain, shown: Extents) -> DomainRecord
     if domain.iommu.kernel.params.flag("stale_root"):
         root_pa, pages = _stale_copy(out, domain)
         shown = extents(domain.fmt, out.frames.ram, root_pa)[0]
+        domain.seal = None
+    seal = domain.seal or domain.set_seal(shown)
     shown = normalised(shown, domain.fmt.write_only).canonical()
-    key = secrets.token_bytes(KEY_BYTES)
     return DomainRecord(
         index=0,
         format=domain.fmt.name,
@@ -71,8 +70,8 @@ def prepare_domain(out: KhoPart, domain: Domain, shown: Extents) -> DomainRecord
         domain_id=domain.domain_id,
         top_level=domain.fmt.top_level,
         table_pages=pages,
-        digest=digest_extents(shown, key),
-        digest_key=key,
+        digest=seal.digest(),
+        digest_key=seal.key,
         mapped_bytes=shown.mapped_bytes,
         extents_count=len(shown),
     )

@@ -12,6 +12,7 @@ the new one.
 from __future__ import annotations
 
 import errno
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ import numpy as np
 from iokeep.errors import IokeepError
 from iokeep.mem.ranges import Range
 from iokeep.pt.build import AlreadyMapped, Table
+from iokeep.pt.diff import normalised
+from iokeep.pt.digest import KEY_BYTES, Digest
 from iokeep.pt.extents import Extents
 from iokeep.pt.formats.base import Format
 from iokeep.pt.registry import open_format
@@ -86,6 +89,8 @@ class Domain:
         self._freed = False
         #: an adopted table that is not wholly proved: what proves it
         self.proof: Adoption | None = None
+        #: digest of what it translates, kept up to date from the moment it is to be preserved
+        self.seal: Digest | None = None
         #: bytes of a table where the table code names no size
         self._table_bytes = fmt.table_bytes
         ram = iommu.kernel.frames.ram
@@ -164,6 +169,8 @@ class Domain:
             raise SysError(errno.ERANGE, f"domain {self.domain_id}: {error}") from error
         if self._unlinked:
             self._release_unlinked()
+        if self.seal is not None:
+            self.seal.add(normalised(extents, self.fmt.write_only))
 
     def _grow(self, last: int) -> None:
         """New levels on top until the table reaches ``last`` (iova), or cannot grow any more. :raises
@@ -195,6 +202,14 @@ class Domain:
             return
         if len(removed):
             self.iommu.flush_range(self, iova, last)
+        if self.seal is not None:
+            self.seal.remove(removed.extents())
+
+    def set_seal(self, shown: Extents) -> Digest:
+        """Begin a digest of what the domain translates, under a fresh key. :param shown: what that is."""
+        self.seal = Digest(secrets.token_bytes(KEY_BYTES))
+        self.seal.add(normalised(shown, self.fmt.write_only))
+        return self.seal
 
     def iova_to_phys(self, iovas: U64) -> U64:
         """pa of each IOVA, 0 where nothing translates (iommu_iova_to_phys)."""

@@ -142,6 +142,8 @@ class IommufdHandler(FileHandler):
         """Mutable again; nothing of it is in the tree any more."""
         private.part.drop()
         for hwpt, _ in private.hwpts:
+            hwpt.domain.seal = None  # the next time it is preserved there is a fresh key
+        for hwpt, _ in private.hwpts:
             hwpt.users -= 1
         private.iommufd.preserved = False
         self.held.remove(private)
