@@ -237,6 +237,24 @@ def test_what_bad_options_get(tmp_path, capsys, options, code, words):
     assert words in err
 
 
+@pytest.mark.parametrize("option", [["--layout"], ["--bbm", "1"]])
+def test_leaf_sizes_of_two_stages_are_not_compared(tmp_path, capsys, option):
+    path = vtd_capture(tmp_path / "c")
+    code, out, err = run(capsys, "verify", path, "--nested", *option)
+    assert (code, out) == (2, "")
+    assert "leaf sizes" in err
+
+
+def test_leaf_sizes_stated_for_two_stages(tmp_path, capsys):
+    path = vtd_capture(tmp_path / "c")
+    rows = [line.split("\t") for line in TRUTH.splitlines()]
+    stated = ["\t".join([*row, "lg2" if row[0] == "iova" else "12"]) for row in rows]
+    (path / "truth.tsv").write_text("\n".join(stated) + "\n")
+    code, out, err = run(capsys, "verify", path, "--nested")
+    assert (code, out) == (2, "")
+    assert "lg2" in err
+
+
 def test_a_capture_without_a_way_to_stage_1(tmp_path, capsys):
     one, two = open_format("x86_64", {}), open_format("vtdss", {})
     ram, _, pa = build(one, two)

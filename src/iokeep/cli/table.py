@@ -527,6 +527,11 @@ def _verify(args: argparse.Namespace) -> int:
     capture = _capture(args.source)
     stages = table_nested.stages_of(args, capture)
     if stages is not None:
+        if args.layout or args.bbm is not None:
+            raise UsageError(
+                "leaf sizes are compared in one table, --nested and --stage1 prove two",
+                "leave out --layout and --bbm, or verify each stage by itself",
+            )
         return _verify_nested(args, capture, stages, limit)
     fmt = _format(capture)
     path, expected, lg2 = _expected(args, capture)
@@ -572,7 +577,12 @@ def _print_layout(v: Verdict, whose: str) -> None:
 
 def _verify_nested(args: argparse.Namespace, capture: Capture, stages: tuple[Nested, str], limit: int) -> int:
     nested = stages[0]
-    path, expected, _ = _expected(args, capture)
+    path, expected, lg2 = _expected(args, capture)
+    if lg2 is not None:
+        raise UsageError(
+            f"{path} states leaf sizes (column lg2), two stages have none in common",
+            "leave the column out, or verify each stage by itself",
+        )
     v = nested.verify(expected, limit=limit)
     _refuse_loop(args.source, v)
     if args.json:
