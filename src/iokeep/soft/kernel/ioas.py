@@ -375,6 +375,12 @@ class Ioas(IommufdObject):
         """
         if domain in self.domains:
             raise SysError(errno.EEXIST, f"IOAS {self.id}: the domain is added already")
+        if (smallest := 1 << domain.fmt.levels[0].shift) > FRAME_BYTES:
+            raise SysError(
+                errno.EINVAL,
+                f"IOAS {self.id}: IOMMU pages of {smallest:#x} bytes are larger than the kernel's page, "
+                "and nothing guarantees that so much is contiguous",
+            )
         if self.iova_alignment < FRAME_BYTES:
             self._check_alignment(FRAME_BYTES)
         try:
