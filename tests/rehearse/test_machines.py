@@ -46,6 +46,8 @@ def test_adopted_and_what_lies_between_the_kernels_is_what_the_tools_read(format
     assert_unharmed(doc)
     guest, machine = doc["guest"], MACHINES[format_name]
     assert (guest["format"], guest["iommu"], guest["mode"]) == (format_name, machine.iommu, machine.mode)
+    if format_name == "amdv1":
+        assert guest["levels"] == 4  # it began with three, and grew
     assert doc["restore"]["pages"] == guest["mapped"] // 4096
     assert doc["dma"]["denied"] > 0
     assert main(["table", "verify", str(there / "table")]) == 0

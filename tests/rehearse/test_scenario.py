@@ -120,7 +120,7 @@ def test_a_format_without_hardware_is_said_to_be_so():
 
 
 @pytest.mark.parametrize("page_size", ["4K", "2M", "mixed"])
-@pytest.mark.parametrize("memory", [16 << 20, 64 << 20, 1 << 30, 8 << 30])
+@pytest.mark.parametrize("memory", [16 << 20, 64 << 20, 1 << 30, 8 << 30, 300 << 30])
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_a_pc_is_a_layout_that_a_kernel_takes(page_size, memory, format_name):
     s = pc(memory, page_size, format_name, 3)

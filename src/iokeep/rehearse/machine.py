@@ -30,7 +30,9 @@ class Machine:
     :param guest: what a guest of it is called. :param iommu: kind of the IOMMU. :param mode: the kernel's
         ``iommu`` parameter. :param ram: gpa of the guest's first byte of RAM, a multiple of 1 GiB.
     :param hole: what is no RAM behind it. :param reserved: IOVAs that no area may have.
-    :param params: keys of the format's configuration that are parameters of the kernel too.
+    :param params: keys of the format's configuration that are parameters of the kernel too. :param above:
+        where a guest has what lies above its RAM: on AMD more than the three levels that a table begins with
+        reach, so that it grows.
     """
 
     guest: str
@@ -40,6 +42,7 @@ class Machine:
     hole: Range | None
     reserved: tuple[Range, ...]
     params: tuple[str, ...] = ("levels",)
+    above: int = 64 * GIB
 
 
 _SIZES = ("input_bits", "output_bits")
@@ -48,7 +51,7 @@ MACHINES: Mapping[str, Machine] = MappingProxyType(
     {
         "vtdss": Machine("pc", "vtd", "legacy", 0, _VGA_AND_ROM, (_X86_MSI,)),
         "x86_64": Machine("pc", "vtd", "scalable-fs", 0, _VGA_AND_ROM, (_X86_MSI,)),
-        "amdv1": Machine("pc", "amd", "v1", 0, _VGA_AND_ROM, (_X86_MSI, _AMD_HT)),
+        "amdv1": Machine("pc", "amd", "v1", 0, _VGA_AND_ROM, (_X86_MSI, _AMD_HT), above=640 * GIB),
         "arm_lpae_s1": Machine("virt", "smmuv3", "stage-1", GIB, None, (_ARM_MSI,), _SIZES),
         "arm_lpae_s2": Machine("virt", "smmuv3", "stage-2", GIB, None, (_ARM_MSI,), (*_SIZES, "start_level")),
         "riscv64": Machine("virt", "riscv", "first-stage", 2 * GIB, None, ()),

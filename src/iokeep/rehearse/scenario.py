@@ -42,8 +42,10 @@ RW = PROT_R | PROT_W
 #: end of the guest's low RAM, at most (the PCI hole begins at 3 GiB)
 LOW_LIMIT = 3 * GIB
 HIGH_RAM = 4 * GIB
-ALIAS_IOVA = 64 * GIB + 0x1000  # odd in 2 MiB, so that the alias has other leaves than the RAM it shows
-UNPLUGGED_IOVA = 128 * GIB
+#: what lies above the RAM begins at a multiple of this
+ABOVE = 64 * GIB
+#: of the alias in it: odd in 2 MiB, so that the alias has other leaves than the RAM it shows
+ALIAS_OFFSET = 0x1000
 RING_IOVA = 0xFD00_0000
 ROM_IOVA = 0xC_0000
 ROM_TOP_IOVA = 0xFFFC_0000
@@ -265,8 +267,9 @@ def pc(memory: int, page_size: str = "mixed", format_name: str = "vtdss", seed: 
     ring_prot = PROT_W if fmt.write_only else RW
     areas.append(GuestArea(RING_IOVA, RING_IOVA + RING_BYTES - 1, ring, 0, ring_prot, "ring"))
     top = max((a for a in areas if a.role == "high RAM"), key=lambda a: a.iova)
-    areas.append(GuestArea(ALIAS_IOVA, ALIAS_IOVA + MIB2 - 1, top.file, top.offset, RW, "alias"))
-    unplugged = GuestArea(UNPLUGGED_IOVA, UNPLUGGED_IOVA + RING_BYTES - 1, ring, 0, RW, "unplugged")
+    above = max(machine.above, -(-(top.last + 1) // ABOVE) * ABOVE)
+    alias, unplugged = above + ALIAS_OFFSET, above + ABOVE
+    areas.append(GuestArea(alias, alias + MIB2 - 1, top.file, top.offset, RW, "alias"))
 
     # Where faults will sit: the end of each RAM area above 1 MiB, whole 2 MiB of it.
     quiet = []
@@ -285,7 +288,7 @@ def pc(memory: int, page_size: str = "mixed", format_name: str = "vtdss", seed: 
         files=tuple(files),
         areas=tuple(sorted(areas, key=lambda a: a.iova)),
         quiet=tuple(quiet),
-        unplugged=(unplugged,),
+        unplugged=(GuestArea(unplugged, unplugged + RING_BYTES - 1, ring, 0, RW, "unplugged"),),
         ram_bytes=ram_bytes,
         page_size=page_size,
     )
