@@ -199,9 +199,10 @@ class _VmmProcess:
         """The next event. :raises _Died: the process ended. :raises RehearsalFailed: it says nothing."""
         assert self.process.stdout is not None
         fd = self.process.stdout.fileno()
+        poll = select.poll()  # select() ends at descriptor 1023
+        poll.register(fd, select.POLLIN)
         while b"\n" not in self._buffer:
-            ready, _, _ = select.select([fd], [], [], VMM_TIMEOUT)
-            if not ready:
+            if not poll.poll(VMM_TIMEOUT * 1000):
                 raise RehearsalFailed(f"the VMM has said nothing for {VMM_TIMEOUT:.0f} s")
             chunk = os.read(fd, 1 << 16)
             if not chunk:
