@@ -51,7 +51,9 @@ LAYOUT_ALWAYS = 16 << 20
 #: DEFERRED and SEALED: the sweep reads so many bytes of tables per second (parameter sweep_rate, 0 = none by
 #: itself), and about so many at a time (sweep_tick)
 SWEEP_RATE = 256 << 20
-SWEEP_TICK = 128 << 10
+SWEEP_TICK = 64 << 10
+#: after a tick it rests at least so many times as long as that took: calls come first
+_SWEEP_REST = 3
 #: seconds until the sweep tries again where it could not go on
 _SWEEP_RETRY = 1.0
 #: out_layout_differences where they were not counted
@@ -276,7 +278,8 @@ class Priors:
             self.kernel.log(f"iommufd: {adoption.name}: the sweep cannot go on: {error}")
             self._next_tick = now + _SWEEP_RETRY
         else:
-            self._next_tick = now + read / self._sweep_rate
+            spent = time.monotonic() - now
+            self._next_tick = now + spent + max(read / self._sweep_rate, _SWEEP_REST * spent)
         return max(self._next_tick - time.monotonic(), 0.0)
 
     # ---- attachment
