@@ -215,6 +215,15 @@ class Digest:
     def _pieces(self, first: U64, length: U64, n: U64, prot: U8, total: list[int]) -> None:
         """Add the sums of pieces within one block and one fold each."""
         q, g, four = first & _u((1 << _BLOCK) - 1), first >> _u(_BLOCK), _u(4)
+        if bool((length == 1).all()):
+            v, slot = first >> _u(9), (first & _u(_SLOTS - 1)).view(np.int64)
+            for lane, word in enumerate((four * n + prot, four * _fold(n) + prot)):
+                keys = self.lanes[lane]
+                word *= np.take(keys.page, slot, mode="clip")
+                word *= keys.weights(v)
+                total[lane] += int(np.add.reduce(word, dtype=np.uint64))
+            total[2] += len(n)
+            return
         total[0] += self.lanes[0].runs(q, length, g, four * n + prot, 4)
         total[1] += self.lanes[1].runs(q, length, g, four * _fold(n) + prot, 4 << _FOLD)
         total[2] += int(length.sum())
