@@ -19,6 +19,7 @@ from iokeep.iommufd.client import (
     Mismatch,
     NotEqual,
     PriorHwpt,
+    Progress,
     VfioDevice,
 )
 from iokeep.uapi import iommufd as uapi
@@ -414,6 +415,48 @@ def test_other_refusals_of_adopt_are_no_verdict(kernel, ioas, call, number):
         getattr(ioas.iommufd, call)(3, 0x77)
     assert not isinstance(caught.value, NotEqual)
     assert caught.value.exit_code == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "flags"),
+    [({}, 0), ({"validate_only": True}, 1), ({"trust": True}, 2), ({"deferred": True}, 4),
+     ({"sealed": True}, 8), ({"sealed": True, "validate_only": True}, 9)],
+)  # fmt: skip
+def test_flags_of_adopt(kernel, ioas, words, flags):
+    kernel.answers["IOMMU_HWPT_LIVEUPDATE_ADOPT"] = store(out_hwpt_id=8)
+    ioas.iommufd.adopt(3, 0x77, **words)
+    assert kernel.last.flags == flags
+
+
+@pytest.mark.parametrize(
+    ("state", "text"), [(0, "validating"), (1, "validated"), (2, "quarantined"), (7, "state 7")]
+)
+@pytest.mark.parametrize(("total", "capacity", "listed"), [(0, 16, 0), (4, 16, 4), (1000, 4, 4), (3, 0, 0)])
+def test_progress(kernel, ioas, state, text, total, capacity, listed):
+    def answer(cmd):
+        for n in range(min(cmd.mismatch_capacity, len(ROWS))):
+            ctypes.memmove(cmd.mismatch_uptr + 48 * n, bytes(ROWS[n]), 48)
+        cmd.out_state, cmd.out_mismatches = state, total
+        cmd.out_validated, cmd.out_unknown, cmd.out_quarantined = 0x5000, 0x3000, 0x1000
+        cmd.out_table_bytes, cmd.out_validate_ns = 8192, 77
+
+    kernel.answers["IOMMU_HWPT_LIVEUPDATE_PROGRESS"] = answer
+    found = ioas.iommufd.progress(8, sweep=state == 1, capacity=capacity)
+    assert found == Progress(text, 0x5000, 0x3000, 0x1000, 8192, 77, total, MISMATCHES[:listed])
+    assert (kernel.last.hwpt_id, kernel.last.flags) == (8, int(state == 1))
+
+
+def test_progress_of_no_hwpt(kernel, ioas):
+    kernel.answers["IOMMU_HWPT_LIVEUPDATE_PROGRESS"] = refuse(errno.ENOENT)
+    with pytest.raises(IommufdError, match="no such HWPT"):
+        ioas.iommufd.progress(999)
+
+
+def test_a_quarantined_range_says_what_to_do(kernel, ioas):
+    kernel.answers["IOMMU_IOAS_UNMAP"] = refuse(errno.EUCLEAN)
+    with pytest.raises(IommufdError, match="quarantined") as caught:
+        ioas.unmap(0, 0x1000)
+    assert "PROGRESS" in caught.value.hint
 
 
 def test_compare(kernel, ioas):

@@ -94,3 +94,22 @@ def test_json():
     assert list(json.loads(text)) == ["schema", "a"]
     with pytest.raises(ValueError):
         document("iokeep.x-v1", {"a": float("nan")})
+
+
+@pytest.mark.parametrize(("policy", "words"), [("deferred", ()), ("sealed", ("the digest that was sealed",))])
+def test_what_is_proved_later(policy, words):
+    steps = [{**DOC["timeline"][0], "step": s} for s in ("validate", "adopt", "teardown")]
+    m = {"iova": "0x1000", "last": "0x1fff", "expected_pa": "0x5000", "expected_prot": "rw",
+         "found_pa": "0x6000", "found_prot": "rw", "reason": "pa"}  # fmt: skip
+    doc = {**DOC, "policy": policy, "outcome": "contained", "reason": "quarantined", "timeline": steps}
+    doc["restore"] = {**DOC["restore"], "mismatches": [m], "total_mismatches": 1}
+    out = rehearsal(doc)
+    for text in (
+        *words,
+        "each range proved before its use",
+        "unmaps all but what is quarantined",
+        "contained: ",
+    ):
+        assert text in out
+    digest = {**m, "reason": "digest"}
+    assert mismatch(digest) == "the areas are not those whose translations were sealed (digest)"

@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import errno
 import json
+import math
 import os
 import signal
 import socket
@@ -19,7 +20,7 @@ import pytest
 from iokeep.iommufd.client import Iommufd, IommufdError, VfioDevice
 from iokeep.soft.hardware.platform import Platform
 from iokeep.soft.kernel.kernel import Kernel
-from iokeep.soft.kernel.server import OOPS_STATUS, Server
+from iokeep.soft.kernel.server import OOPS_STATUS, Oops, Server
 from iokeep.uapi import iommufd as uapi
 from iokeep.uapi import wire
 from iokeep.uapi.soft import SoftTransport
@@ -242,6 +243,42 @@ def test_garbage_ends_only_its_own_connection(machine):
     assert early.receive(5.0).fd == errno.EPROTO
     early.close()
     machine.clean()
+
+
+def test_background_work_is_done_between_calls(tmp_path):
+    with contextlib.closing(Platform.create(16 * MIB, 1)) as platform:
+        kernel = Kernel(platform)
+        kernel.boot()
+        done, left = [], [0.0, 0.0, 0.001, math.inf]
+
+        def work():
+            done.append(time.monotonic())
+            if not left[1:]:
+                server.stop()
+            return left.pop(0) if len(left) > 1 else left[0]
+
+        assert kernel.work() == math.inf
+        kernel.background.append(work)
+        server = Server(kernel, tmp_path / "s")
+        server.run()
+        server.close()
+    assert len(done) == 4
+    assert done[-1] - done[0] < 5
+
+
+def test_a_bug_in_background_work_is_an_oops(tmp_path):
+    def work():
+        raise KeyError("a bug")
+
+    with contextlib.closing(Platform.create(16 * MIB, 1)) as platform:
+        kernel = Kernel(platform)
+        kernel.boot()
+        kernel.background.append(work)
+        server = Server(kernel, tmp_path / "s")
+        with pytest.raises(Oops):
+            server.run()
+        server.close()
+        assert "background work" in kernel.klog.text()
 
 
 def test_an_oops_ends_the_kernel_with_its_own_status(machine):
