@@ -143,7 +143,8 @@ def add_tables(out: Digest, tm: TableMemory, upper: Upper, threads: int | None) 
     head, odd, x, y = (np.empty(len(rows), np.uint64) for _ in range(4))
 
     def work(a: int, b: int) -> None:
-        _alike(items, rows[a:b], k, m, masks, head[a:b], odd[a:b], x[a:b], y[a:b])
+        with np.errstate(over="ignore"):  # where nothing is compiled, NumPy would mention what is meant
+            _alike(items, rows[a:b], k, m, masks, head[a:b], odd[a:b], x[a:b], y[a:b])
 
     over_threads(work, len(rows), tm.fmt.table_bytes, threads)
     grants, coded = _grants(tm, head, upper.prot[place])
@@ -161,7 +162,8 @@ def add_tables(out: Digest, tm: TableMemory, upper: Upper, threads: int | None) 
         return place[:0]
     rows, place = rows[rest], place[rest]
     head, odd, x, y, kx, ly, pages = (np.empty(len(rows), np.uint64) for _ in range(7))
-    _holed(items, rows, k, m, masks, head, odd, x, y, kx, ly, pages)
+    with np.errstate(over="ignore"):  # where nothing is compiled, NumPy would mention what is meant
+        _holed(items, rows, k, m, masks, head, odd, x, y, kx, ly, pages)
     grants, coded = _grants(tm, head, upper.prot[place])
     whole = (odd == 0) & ~coded
     good = whole & (grants != 0)
