@@ -682,7 +682,7 @@ def test_hw_info(kernel, c, fd, dev):
         ({"flags": 8}, errno.EOPNOTSUPP),
         ({"dev_id": 99}, errno.ENOENT),
         ({"data_uptr": 0xBAD000}, errno.EFAULT),
-        ({"data_uptr": 0}, errno.EINVAL),
+        ({"data_uptr": 0}, errno.EFAULT),
         ({"flags": uapi.IOMMU_HW_INFO_FLAG_INPUT_TYPE, "in_data_type": 4}, errno.EOPNOTSUPP),
     ):
         fields = {"size": 40, "dev_id": dev[1], "data_len": 40, "data_uptr": hva, **changes}

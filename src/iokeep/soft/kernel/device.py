@@ -15,7 +15,7 @@ from iokeep.soft.kernel.objects import IommufdObject
 from iokeep.soft.kernel.syserror import SysError
 
 if TYPE_CHECKING:
-    from iokeep.soft.kernel.iommu import PciDevice
+    from iokeep.soft.kernel.iommu import Iommu, PciDevice
     from iokeep.soft.kernel.iommufd import Iommufd
 
 
@@ -32,6 +32,11 @@ class IommufdDevice(IommufdObject):
         self.dev = dev
         self.hwpt: HwptPaging | None = None
         self.preserved = False
+
+    @property
+    def iommu(self) -> Iommu:
+        """The driver of the IOMMU that translates for the device."""
+        return self.iommufd.kernel.iommu
 
     @classmethod
     def bind(cls, iommufd: Iommufd, dev: PciDevice) -> IommufdDevice:
@@ -93,10 +98,9 @@ class IommufdDevice(IommufdObject):
             try:
                 self._replace(hwpt)
             except SysError:
-                hwpt.destroy()
+                self.iommufd.remove(hwpt.id)
                 raise
             hwpt.auto_domain = True
-        self.iommufd.add(hwpt)
         return hwpt.id
 
     def _check(self, hwpt: HwptPaging) -> None:
@@ -108,7 +112,7 @@ class IommufdDevice(IommufdObject):
 
     def _reserve(self, hwpt: HwptPaging) -> None:
         """iopt_table_enforce_dev_resv_regions. :raises SysError: nothing is reserved then."""
-        for wanted in self.iommufd.kernel.iommu.RESERVED:
+        for wanted in self.iommu.RESERVED:
             try:
                 hwpt.ioas.reserve(wanted, self)
             except SysError:
@@ -122,7 +126,7 @@ class IommufdDevice(IommufdObject):
         self._reserve(hwpt)
         before = self.dev.domain
         try:
-            kernel.iommu.set_domain(self.dev, hwpt.domain)
+            self.iommu.set_domain(self.dev, hwpt.domain)
         except SysError:
             hwpt.ioas.unreserve(self)
             raise
@@ -147,7 +151,7 @@ class IommufdDevice(IommufdObject):
             self._reserve(hwpt)
         before = self.dev.domain
         try:
-            kernel.iommu.set_domain(self.dev, hwpt.domain)
+            self.iommu.set_domain(self.dev, hwpt.domain)
         except SysError:
             if other_ioas:
                 hwpt.ioas.unreserve(self)
@@ -175,7 +179,7 @@ class IommufdDevice(IommufdObject):
         hwpt = self.hwpt
         if hwpt is None:
             return None
-        self.iommufd.kernel.iommu.set_domain(self.dev, None)
+        self.iommu.set_domain(self.dev, None)
         hwpt.devices.remove(self)
         hwpt.ioas.unreserve(self)
         hwpt.users -= 1

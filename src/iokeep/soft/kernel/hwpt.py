@@ -46,7 +46,8 @@ class HwptPaging(IommufdObject):
     def alloc(
         cls, ioas: Ioas, idev: IommufdDevice, flags: int, *, data_type: int, immediate: bool
     ) -> HwptPaging:
-        """iommufd_hwpt_paging_alloc: a domain for the device's IOMMU, filled with the areas of ``ioas``.
+        """iommufd_hwpt_paging_alloc: a domain for the device's IOMMU, filled with the areas of ``ioas``; it
+        is listed.
 
         :param immediate: an automatic domain: the device is attached before it is filled.
         :raises SysError: EOPNOTSUPP; what attach and fill refuse.
@@ -63,7 +64,9 @@ class HwptPaging(IommufdObject):
             raise SysError(errno.EOPNOTSUPP, "this IOMMU has no nested translation")
         if data_type != uapi.IOMMU_HWPT_DATA_NONE:
             raise SysError(errno.EOPNOTSUPP, f"HWPT_ALLOC of a paging domain with data of type {data_type}")
-        hwpt = cls(iommufd, ioas, iommufd.kernel.iommu.alloc_domain(), auto_domain=immediate)
+        hwpt = cls(iommufd, ioas, idev.iommu.alloc_domain(), auto_domain=immediate)
+        # the id is taken before anything can be given back: a replace lets the old HWPT go later
+        iommufd.add(hwpt)
         attached = False
         try:
             if immediate:
@@ -80,6 +83,7 @@ class HwptPaging(IommufdObject):
 
     def abort(self) -> None:
         """Undo an allocation that was not finished."""
+        self.iommufd.unlist(self)
         self.domain.free()
         self.ioas.users -= 1
 

@@ -189,11 +189,11 @@ class Ioas(IommufdObject):
             span = Range(max(span.start, bounds.start), min(span.last, bounds.last))
             # __alloc_iova_check_used: the span must hold the mapping at its first aligned place
             start = (-(-span.start // alignment) * alignment) | offset
-            if start > span.last or span.last - start < length - 1:
+            if start >= span.last or span.last - start < length - 1:
                 continue
             for hole in subtract([Range(start, span.last)], used):
                 at = (-(-hole.start // alignment) * alignment) | offset
-                if at <= hole.last and hole.last - at >= length - 1:
+                if at < hole.last and hole.last - at >= length - 1:
                     return at
         raise SysError(errno.ENOSPC, f"IOAS {self.id}: no free IOVA range of {length:#x} bytes")
 
@@ -350,7 +350,8 @@ class Ioas(IommufdObject):
 
     def _set_alignment(self) -> None:
         """iopt_calculate_iova_alignment."""
-        new = FRAME_BYTES if self.disable_large_pages or self.domains else 1
+        new = FRAME_BYTES if self.disable_large_pages else 1
+        new = max([new, *(domain.page_bytes for domain in self.domains)])
         if new > self.iova_alignment:
             self._check_alignment(new)
         self.iova_alignment = new
@@ -375,15 +376,18 @@ class Ioas(IommufdObject):
         """
         if domain in self.domains:
             raise SysError(errno.EEXIST, f"IOAS {self.id}: the domain is added already")
-        if (smallest := 1 << domain.fmt.levels[0].shift) > FRAME_BYTES:
+        alignment = max(domain.page_bytes, self.iova_alignment)
+        if alignment > FRAME_BYTES:
             raise SysError(
                 errno.EINVAL,
-                f"IOAS {self.id}: IOMMU pages of {smallest:#x} bytes are larger than the kernel's page, "
+                f"IOAS {self.id}: IOMMU pages of {alignment:#x} bytes are larger than the kernel's page, "
                 "and nothing guarantees that so much is contiguous",
             )
-        if self.iova_alignment < FRAME_BYTES:
-            self._check_alignment(FRAME_BYTES)
+        if alignment != self.iova_alignment:
+            self._check_alignment(alignment)
         try:
+            if domain.aperture_start:
+                self.reserve(Range(0, domain.aperture_start - 1), domain)
             if domain.aperture_last != ULONG_MAX:
                 self.reserve(Range(domain.aperture_last + 1, ULONG_MAX), domain)
             filled: list[Area] = []
@@ -403,7 +407,7 @@ class Ioas(IommufdObject):
         except SysError:
             self.unreserve(domain)
             raise
-        self.iova_alignment = max(self.iova_alignment, FRAME_BYTES)
+        self.iova_alignment = alignment
         self.domains.append(domain)
         if proof is not None:
             proof.begin()

@@ -117,6 +117,16 @@ class Domain:
         return self.table.root_pa
 
     @property
+    def page_bytes(self) -> int:
+        """The smallest page that it can map: what IOVAs are aligned to."""
+        return 1 << self.fmt.levels[0].shift
+
+    @property
+    def aperture_start(self) -> int:
+        """First IOVA that the domain can map."""
+        return 0
+
+    @property
     def aperture_last(self) -> int:
         """Last IOVA that the domain can map: of the first stage's sign-extended space the lower half; of a
         table that grows, what its largest size reaches.

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 _MAP_FLAGS = uapi.IOMMU_IOAS_MAP_FIXED_IOVA | uapi.IOMMU_IOAS_MAP_WRITEABLE | uapi.IOMMU_IOAS_MAP_READABLE
 #: ranges that one IOAS_ALLOW_IOVAS may bring; Linux has no bound but its memory
 _MAX_RANGES = 1 << 16
+#: IOMMU_HWPT_INVALIDATE_ENTRY_NUM_MAX (hw_pagetable.c) and VEVENTQ_MAX_DEPTH (eventq.c)
+_MAX_INVALIDATIONS = 1 << 19
+_MAX_EVENTS = 1 << 19
 
 
 class FaultQueue(IommufdObject):
@@ -128,9 +131,14 @@ class Iommufd(File):
             raise SysError(errno.EBUSY, f"{item.type_name} {number} has {item.users - 1} users")
         self._drop(number)
 
+    def unlist(self, item: IommufdObject) -> None:
+        """iommufd_object_abort: the object was never finished; its id is free again."""
+        del self.objects[item.id]
+        self._lowest = min(self._lowest, item.id)
+
     def _drop(self, number: int) -> None:
-        item = self.objects.pop(number)
-        self._lowest = min(self._lowest, number)
+        item = self.objects[number]
+        self.unlist(item)
         item.destroy()
 
     def forget_compat(self, ioas: Ioas) -> None:
@@ -431,8 +439,7 @@ def iommufd_ioas_noiommu_get_pa(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_ioas
     _reserved(cmd)
     if not cmd.length:
         raise SysError(errno.EINVAL, "NOIOMMU_GET_PA of nothing")
-    if cmd.iova + cmd.length - 1 > ULONG_MAX:
-        raise SysError(errno.EOVERFLOW, f"iova {cmd.iova:#x} + {cmd.length:#x}")
+    _below_max(iova=cmd.iova)
     ioas = ictx.ioas(cmd.ioas_id)
     if ioas.area_at(cmd.iova, cmd.iova) is None:
         raise SysError(errno.ENOENT, f"nothing is mapped at {cmd.iova:#x}")
@@ -456,16 +463,15 @@ def iommufd_hwpt_alloc(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_hwpt_alloc) -
         raise SysError(errno.EINVAL, f"HWPT {cmd.pt_id} is no nesting parent")
     if not isinstance(target, Ioas):
         raise SysError(errno.EINVAL, f"object {cmd.pt_id} is neither an IOAS nor an HWPT")
-    fault: IommufdObject | None = None
-    if cmd.flags & uapi.IOMMU_HWPT_FAULT_ID_VALID:
-        fault = ictx.find(cmd.fault_id)
-        if not isinstance(fault, FaultQueue):
-            raise SysError(errno.ENOENT, f"{fault.type_name} {cmd.fault_id} is no fault queue")
     hwpt = HwptPaging.alloc(target, idev, cmd.flags, data_type=cmd.data_type, immediate=False)
-    if fault is not None:
+    if cmd.flags & uapi.IOMMU_HWPT_FAULT_ID_VALID:
+        fault = ictx.objects.get(cmd.fault_id)
+        if not isinstance(fault, FaultQueue):
+            ictx.remove(hwpt.id)
+            raise SysError(errno.ENOENT, f"object {cmd.fault_id} is no fault queue")
         fault.users += 1
         hwpt.fault = fault
-    cmd.out_hwpt_id = ictx.add(hwpt)
+    cmd.out_hwpt_id = hwpt.id
     call.respond(cmd)
 
 
@@ -484,8 +490,10 @@ def iommufd_hwpt_get_dirty_bitmap(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_hw
     if cmd.flags & ~uapi.IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR or getattr(cmd, "__reserved"):
         raise SysError(errno.EOPNOTSUPP, f"dirty bitmap flags {cmd.flags:#x}")
     hwpt = ictx.hwpt(cmd.hwpt_id)
+    if not cmd.length:
+        raise SysError(errno.EINVAL, "dirty bitmap of nothing")
     last = cmd.iova + cmd.length - 1
-    if not cmd.length or last > ULONG_MAX:
+    if last > ULONG_MAX:
         raise SysError(errno.EOVERFLOW, f"iova {cmd.iova:#x} + {cmd.length:#x}")
     mask = hwpt.ioas.iova_alignment - 1
     if cmd.iova & mask or (last + 1) & mask or not cmd.page_size:
@@ -505,8 +513,10 @@ def iommufd_hwpt_invalidate(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_hwpt_inv
     call.respond(cmd)
     if getattr(cmd, "__reserved"):
         failure = SysError(errno.EOPNOTSUPP, "__reserved is not 0", respond=True)
-    elif wanted and not (cmd.data_uptr and cmd.entry_len):
-        failure = SysError(errno.EINVAL, "entries without data", respond=True)
+    elif wanted and (
+        not cmd.data_uptr or not 0 < cmd.entry_len <= FRAME_BYTES or wanted > _MAX_INVALIDATIONS
+    ):
+        failure = SysError(errno.EINVAL, f"{wanted} entries of {cmd.entry_len} bytes", respond=True)
     elif cmd.hwpt_id not in ictx.objects:
         failure = SysError(errno.ENOENT, f"iommufd has no object {cmd.hwpt_id}", respond=True)
     raise failure
@@ -520,10 +530,8 @@ def iommufd_get_hw_info(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_hw_info) -> 
     if cmd.flags & ~uapi.IOMMU_HW_INFO_FLAG_INPUT_TYPE or any(getattr(cmd, "__reserved")):
         raise SysError(errno.EOPNOTSUPP, f"GET_HW_INFO flags {cmd.flags:#x}")
     wanted = cmd.in_data_type if cmd.flags & uapi.IOMMU_HW_INFO_FLAG_INPUT_TYPE else 0
-    if cmd.data_len and not cmd.data_uptr:
-        raise SysError(errno.EINVAL, f"{cmd.data_len} bytes at no pointer")
     idev = ictx.device(cmd.dev_id)
-    own_type, data = ictx.kernel.iommu.hw_info()
+    own_type, data = idev.iommu.hw_info()
     if wanted not in (uapi.IOMMU_HW_INFO_TYPE_DEFAULT, own_type):
         raise SysError(errno.EOPNOTSUPP, f"hardware info of type {wanted} from an IOMMU of type {own_type}")
     if cmd.data_len:
@@ -571,8 +579,8 @@ def iommufd_veventq_alloc(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_veventq_al
     """IOMMU_VEVENTQ_ALLOC: there can be no vIOMMU."""
     if cmd.flags or getattr(cmd, "__reserved") or cmd.type == uapi.IOMMU_VEVENTQ_TYPE_DEFAULT:
         raise SysError(errno.EOPNOTSUPP, f"event queue of type {cmd.type}, flags {cmd.flags:#x}")
-    if not cmd.veventq_depth:
-        raise SysError(errno.EINVAL, "event queue of depth 0")
+    if not 0 < cmd.veventq_depth <= _MAX_EVENTS:
+        raise SysError(errno.EINVAL, f"event queue of depth {cmd.veventq_depth}")
     raise SysError(errno.ENOENT, f"object {cmd.viommu_id} is no vIOMMU")
 
 

@@ -25,6 +25,10 @@ _SESSION = (
     uapi.LIVEUPDATE_SESSION_GET_NAME,
 )
 
+#: the direction is checked before the size (luo_ioctl_type_valid)
+_OUTGOING = (uapi.LIVEUPDATE_SESSION_PRESERVE_FD,)
+_INCOMING = (uapi.LIVEUPDATE_SESSION_RETRIEVE_FD, uapi.LIVEUPDATE_SESSION_FINISH)
+
 
 def _check_number(request: int, known: tuple[int, ...]) -> None:
     if request & 0xFF not in {k & 0xFF for k in known}:
@@ -58,8 +62,8 @@ class LiveUpdateDevice(File):
                 call.respond(create)
             else:
                 retrieve = copy_struct_in(uapi.liveupdate_ioctl_retrieve_session, call.raw)
-                name = self.luo.name_of(bytes(retrieve.name))
-                retrieve.fd = self._install(call.process, self.luo.retrieve_session(name))
+                session = self.luo.retrieve_session(self.luo.wanted_name(bytes(retrieve.name)))
+                retrieve.fd = self._install(call.process, session)
                 call.respond(retrieve)
         except OSError as error:
             raise SysError(error.errno or errno.EIO, str(error)) from error
@@ -86,6 +90,10 @@ class SessionFile(File):
     def ioctl(self, call: Ioctl) -> int:
         """PRESERVE_FD, RETRIEVE_FD, FINISH, GET_NAME."""
         _check_number(call.request, _SESSION)
+        if call.request in _OUTGOING and self.session.incoming:
+            raise SysError(errno.EINVAL, "not on an incoming session")
+        if call.request in _INCOMING and not self.session.incoming:
+            raise SysError(errno.EINVAL, "not on an outgoing session")
         try:
             self._ioctl(call)
         except OSError as error:

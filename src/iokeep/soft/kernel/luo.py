@@ -238,6 +238,15 @@ class Luo:
             # Linux takes any bytes; the handover library of this project wants text.
             raise SysError(errno.EINVAL, f"session name {raw[:end]!r} is not UTF-8") from None
 
+    @staticmethod
+    def wanted_name(raw: bytes) -> str | None:
+        """The name of a session to retrieve; None where none can have it: empty, or not terminated."""
+        end = raw.find(b"\0")
+        try:
+            return raw[:end].decode() if end > 0 else None
+        except UnicodeDecodeError:
+            return None
+
     def create(self, name: str) -> Session:
         """luo_session_create(). :raises SysError: EEXIST; ENOMEM too many; EBUSY the reboot has begun."""
         if self.frozen:
@@ -250,7 +259,7 @@ class Luo:
         self.outgoing.append(session)
         return session
 
-    def retrieve_session(self, name: str) -> Session:
+    def retrieve_session(self, name: str | None) -> Session:
         """luo_session_retrieve(). :raises SysError: ENOENT unknown; EINVAL it was retrieved before."""
         session = next((s for s in self.incoming if s.name == name), None)
         if session is None:

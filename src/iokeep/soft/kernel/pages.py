@@ -195,8 +195,12 @@ class Area:
 
     def iovas(self, first: int, last: int) -> U64:
         """IOVA of each page from ``first`` to ``last`` (numbers in ``pages``)."""
-        base = self.iova - self.page_offset + ((first - self.first_page) << FRAME_SHIFT)
-        return np.arange(last - first + 1, dtype=np.uint64) * np.uint64(FRAME_BYTES) + np.uint64(base)
+        number = first - self.first_page
+        base = self.iova - self.page_offset + (number << FRAME_SHIFT)
+        out = np.arange(last - first + 1, dtype=np.uint64) * np.uint64(FRAME_BYTES) + np.uint64(base)
+        if number == 0:
+            out[0] = self.iova  # the area may begin inside of its first page
+        return out
 
     def span(self, first: int, last: int) -> Range:
         """The IOVAs that show pages ``first`` ... ``last`` (numbers in ``pages``)."""
@@ -229,9 +233,14 @@ class Area:
         start, end = self.span(number, number + len(pfns) - 1)
         breaks = np.flatnonzero(np.diff(pfns) != 1) + 1
         at = np.concatenate((np.zeros(1, np.int64), breaks))
-        iova = np.uint64(start) + (at.astype(np.uint64) << np.uint64(FRAME_SHIFT))
+        # bytes that the area leaves out of its first page: IOVAs there, and the pa of the first extent
+        skip = self.page_offset if number == self.first_page else 0
+        iova = np.uint64(start - skip) + (at.astype(np.uint64) << np.uint64(FRAME_SHIFT))
+        iova[0] = start
         last = np.append(iova[1:], np.uint64((end + 1) & ULONG_MAX)) - np.uint64(1)
-        return Extents(iova, last, pas_of(pfns[at]), np.full(len(at), self.prot, np.uint8))
+        pa = pas_of(pfns[at])
+        pa[0] += np.uint64(skip)
+        return Extents(iova, last, pa, np.full(len(at), self.prot, np.uint8))
 
     # ---- filling
 

@@ -87,11 +87,12 @@ class VfioDeviceFile(File):
             raise SysError(errno.EINVAL, f"BIND_IOMMUFD flags {cmd.flags:#x}, iommufd {cmd.iommufd}")
         if self.idev is not None:
             raise SysError(errno.EINVAL, f"{self.name} is bound already")
+        if cmd.flags & uapi.VFIO_DEVICE_BIND_FLAG_TOKEN:
+            call.process.copy_from_user(cmd.token_uuid_ptr, 16)
+            raise SysError(errno.EINVAL, f"{self.name} is no virtual function: it takes no token")
         iommufd = call.process.file(cmd.iommufd)
         if not isinstance(iommufd, Iommufd):
             raise SysError(errno.EBADFD, f"fd {cmd.iommufd} is a {iommufd.kind_name}, not an iommufd")
-        if cmd.flags & uapi.VFIO_DEVICE_BIND_FLAG_TOKEN:
-            raise SysError(errno.EINVAL, f"{self.name} is no virtual function: it takes no token")
         if self.dev.index in self.kernel.vfio_bound:
             raise SysError(errno.EINVAL, f"{self.name} is open and bound through another file")
         for check in self.kernel.bind_checks:
@@ -175,7 +176,7 @@ def _get_info(file: VfioDeviceFile, call: Ioctl, idev: IommufdDevice) -> None:
 def _get_region_info(file: VfioDeviceFile, call: Ioctl, idev: IommufdDevice) -> None:
     """vfio_pci_ioctl_get_region_info: BAR 0 is all that there is."""
     cmd = _take(uapi.vfio_region_info, call)
-    if cmd.index >= uapi.VFIO_PCI_NUM_REGIONS:
+    if cmd.index >= uapi.VFIO_PCI_VGA_REGION_INDEX:  # no VGA here
         raise SysError(errno.EINVAL, f"{file.name} has no region {cmd.index}")
     cmd.offset = cmd.index << OFFSET_SHIFT
     cmd.cap_offset = 0

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""IOMMU_TEST_CMD: the mock IOMMU that a kernel with CONFIG_IOMMUFD_TEST has, for tests that need no hardware.
+
+From drivers/iommu/iommufd/iommufd_test.h of Linux 7.3.4 (no uAPI, so it is not in the generated headers);
+the parts that this suite uses.
+"""
+
+import ctypes
+
+from iokeep.uapi import iommufd as uapi
+
+# _IO(IOMMUFD_TYPE, IOMMUFD_CMD_BASE + 32)
+IOMMU_TEST_CMD = uapi.IOMMU_DESTROY + 32
+
+IOMMU_TEST_OP_ADD_RESERVED = 1
+IOMMU_TEST_OP_MOCK_DOMAIN = 2
+IOMMU_TEST_OP_MD_CHECK_MAP = 3
+IOMMU_TEST_OP_MOCK_DOMAIN_REPLACE = 10
+IOMMU_TEST_OP_MOCK_DOMAIN_FLAGS = 12
+
+MOCK_FLAGS_DEVICE_NO_DIRTY = 1
+MOCK_APERTURE_START = 1 << 24
+MOCK_APERTURE_LAST = (1 << 31) - 1
+MOCK_PAGE_SIZE = 2048
+IOMMU_HW_INFO_TYPE_SELFTEST = 0xFEEDBEEF
+IOMMU_HW_INFO_SELFTEST_REGVAL = 0xDEADBEEF
+
+U32, U64 = ctypes.c_uint32, ctypes.c_uint64
+
+
+class AddReserved(ctypes.Structure):
+    _fields_ = [("start", U64), ("length", U64)]
+
+
+class MockDomain(ctypes.Structure):
+    _fields_ = [
+        ("out_stdev_id", U32),
+        ("out_hwpt_id", U32),
+        ("out_idev_id", U32),
+        ("dev_flags", U32),
+    ]
+
+
+class Replace(ctypes.Structure):
+    _fields_ = [("pt_id", U32)]
+
+
+class CheckMap(ctypes.Structure):
+    _fields_ = [("iova", U64), ("length", U64), ("uptr", U64)]
+
+
+class _Dirty(ctypes.Structure):
+    """The largest member, which gives the union its size."""
+
+    _fields_ = [
+        ("flags", U32),
+        ("iova", U64),
+        ("length", U64),
+        ("page_size", U64),
+        ("uptr", U64),
+        ("out_nr_dirty", U64),
+    ]
+
+
+class _Union(ctypes.Union):
+    _fields_ = [
+        ("add_reserved", AddReserved),
+        ("mock_domain", MockDomain),
+        ("mock_domain_replace", Replace),
+        ("check_map", CheckMap),
+        ("dirty", _Dirty),
+    ]
+
+
+class iommu_test_cmd(ctypes.Structure):
+    _anonymous_ = ("u",)
+    _fields_ = [
+        ("size", U32),
+        ("op", U32),
+        ("id", U32),
+        ("__reserved", U32),
+        ("u", _Union),
+        ("last", U32),
+    ]
+
+
+def command(op: int, number: int = 0) -> iommu_test_cmd:
+    return iommu_test_cmd(size=ctypes.sizeof(iommu_test_cmd), op=op, id=number)

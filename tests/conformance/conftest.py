@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The machine that the suite runs on: IOKEEP_MACHINE=soft (default), or kernel: the running one, as root."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_configure(config):
+    from conf_machine import machine_name
+
+    machine_name()  # a wrong name ends the run here
+
+
+@pytest.fixture(scope="session")
+def machine():
+    from conf_machine import open_machine
+
+    opened = open_machine()
+    yield opened
+    opened.close()
+
+
+def pytest_terminal_summary(terminalreporter):
+    from conf_machine import NOTES
+
+    for note in NOTES:
+        terminalreporter.write_line(f"conformance: {note}")

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random traces against the model of areas; on a real kernel also against a software machine beside it.
+
+IOKEEP_TRACES: how many for each kind of device (40); IOKEEP_SEED: the first seed (0);
+IOKEEP_TRACE_LENGTH: operations in each (40). A failure prints the shrunk trace as JSON, which
+IOKEEP_TRACE=FILE runs again.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from conf_env import PAGE, RW
+from conf_machine import NOTES, SoftMachine, device_kinds, open_machine
+from conf_rows import BASE
+from conf_traces import Area, Impossible, Run, Shadow, difference, generate, judge, run, shrink
+
+TRACES = int(os.environ.get("IOKEEP_TRACES", "40"))
+SEED = int(os.environ.get("IOKEEP_SEED", "0"))
+LENGTH = int(os.environ.get("IOKEEP_TRACE_LENGTH", "40"))
+BATCH = 20
+KINDS = [None, *device_kinds(open_machine())]
+
+
+@pytest.fixture(scope="module")
+def other(machine):
+    """A software machine beside a real kernel; alone, the machine is its own judge."""
+    if machine.name == "soft":
+        yield None
+        return
+    beside = SoftMachine()
+    yield beside
+    beside.close()
+
+
+def batches():
+    return [
+        pytest.param(kind, first, min(BATCH, SEED + TRACES - first), id=f"{kind or 'alone'}-{first}")
+        for kind in KINDS
+        for first in range(SEED, SEED + TRACES, BATCH)
+    ]
+
+
+def check(machine, other, trace, kind):
+    wrong = judge(machine, trace, kind, other)
+    if wrong is None:
+        return
+    shrunk = shrink(trace, lambda each: judge(machine, each, kind, other))
+    answer = judge(machine, shrunk, kind, other)
+    pytest.fail(f"{kind}: {answer}\n{json.dumps(shrunk)}")
+
+
+@pytest.mark.parametrize(("kind", "first", "count"), batches())
+def test_traces(machine, other, kind, first, count):
+    for seed in range(first, first + count):
+        check(machine, other, generate(seed, LENGTH, kind), kind)
+
+
+def test_the_trace_of_a_file(machine, other):
+    """IOKEEP_TRACE; without it, one that has been written down."""
+    given = os.environ.get("IOKEEP_TRACE")
+    text = Path(given).read_text() if given else json.dumps(generate(1, 5, "mock"))
+    kind = "mock" if "mock" in KINDS else None
+    check(machine, other, json.loads(text), kind)
+
+
+def test_count(machine):
+    kinds = ", ".join(str(kind or "no device") for kind in KINDS)
+    NOTES.append(
+        f"{machine.name}: {TRACES} random traces of {LENGTH} operations each with {kinds}, from seed {SEED}"
+    )
+    assert TRACES > 0
+
+
+# ---- the judges themselves
+
+
+def test_a_trace_is_made_again_from_its_seed():
+    assert generate(3, 30, "mock") == generate(3, 30, "mock") != generate(4, 30, "mock")
+    assert json.loads(json.dumps(generate(3, 30, "mock"))) == generate(3, 30, "mock")
+
+
+def test_the_model_sees_what_cannot_be():
+    shadow = Shadow({1: [Area(BASE, 4 * PAGE, 0, 0, True)]})
+    with pytest.raises(Impossible, match="over"):
+        shadow.mapped(1, [Area(BASE + PAGE, PAGE, 0, 0, True)])
+    with pytest.raises(Impossible, match="cut"):
+        shadow.unmap(1, BASE, BASE + PAGE - 1, PAGE)
+    with pytest.raises(Impossible, match="says"):
+        shadow.unmap(1, 0, 2 * BASE, PAGE)
+    with pytest.raises(Impossible, match="ENOENT with"):
+        shadow.unmap(1, 0, 2 * BASE, "ENOENT")
+    assert shadow.source(1, BASE, 5 * PAGE) is None
+    shadow.unmap(1, 0, 2 * BASE, 4 * PAGE)
+    assert shadow.areas == {1: []}
+
+
+def test_a_wrong_page_is_seen(machine):
+    if "mock" not in KINDS:
+        return
+    with Run(machine, "mock") as running:
+        running.step(["ioas"])
+        running.step(["attach", 0, 0])
+        running.step(["map_file", 0, 0, 0, 4 * PAGE, BASE, RW])
+        running.step(["check"])
+        running.shadow.areas[1][0].start += PAGE
+        with pytest.raises(Impossible, match="does not show"):
+            running.step(["check"])
+
+
+def test_shrinking():
+    trace = [["a"], ["b"], ["c"], ["d"], ["e"]]
+    assert shrink(trace, lambda t: ["b"] in t and ["e"] in t) == [["b"], ["e"]]
+
+
+def test_a_difference_is_named():
+    assert difference([["ioas"]], [1], [1]) is None
+    assert difference([["ioas"], ["check"]], [1, "EINVAL"], [1, 0]) == "['check']: EINVAL here, 0 there"
+
+
+def test_two_runs_give_the_same_answers(machine):
+    kind = "mock" if "mock" in KINDS else None
+    trace = generate(SEED, LENGTH, kind)
+    assert run(machine, trace, kind) == run(machine, trace, kind)

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VFIO device files: bind, attach, replace, detach, and what they refuse (drivers/vfio/device_cdev.c)."""
+
+import ctypes
+
+import pytest
+from conf_env import FIXED, PAGE, RW, Env, Extended, outcome, vfio
+from conf_machine import device_kinds, open_machine
+from conf_rows import ABSENT, BASE
+
+MACHINE = open_machine()
+pytestmark = pytest.mark.skipif(
+    "vfio" not in device_kinds(MACHINE), reason="this machine has no VFIO device file"
+)
+MSI_WINDOW = 0xFEE00000
+
+
+@pytest.fixture
+def env(machine):
+    before = machine.warnings()
+    with Env(machine) as opened:
+        yield opened
+    assert machine.warnings() == before
+
+
+def bind(env, fd, iommufd, /, **fields):
+    fields = {"argsz": 16, "iommufd": iommufd, **fields}
+    return outcome(env.call, fd, "VFIO_DEVICE_BIND_IOMMUFD", **fields)
+
+
+def attach(env, fd, pt, /, **fields):
+    found = outcome(env.call, fd, "VFIO_DEVICE_ATTACH_IOMMUFD_PT", **{"argsz": 12, "pt_id": pt, **fields})
+    return found if isinstance(found, str) else found.pt_id
+
+
+def detach(env, fd, **fields):
+    found = outcome(env.call, fd, "VFIO_DEVICE_DETACH_IOMMUFD_PT", **{"argsz": 8, **fields})
+    return found if isinstance(found, str) else 0
+
+
+def bound(env):
+    """(device file, iommufd, device id)"""
+    iommufd = env.iommu()
+    fd = env.open(MACHINE.vfio[0])
+    return fd, iommufd, bind(env, fd, iommufd).out_devid
+
+
+BIND = [
+    ({"argsz": 0}, "EINVAL"),
+    ({"argsz": 15}, "EINVAL"),
+    ({"flags": 2}, "EINVAL"),
+    ({"flags": 2, "iommufd": -1}, "EINVAL"),
+    ({"iommufd": -1}, "EINVAL"),
+    ({"iommufd": 0x3FF0}, "EBADF"),
+    ({"iommufd": "memfd"}, "EBADFD"),
+    # not a virtual function: a token is refused before the iommufd is looked at
+    ({"argsz": 24, "flags": vfio.VFIO_DEVICE_BIND_FLAG_TOKEN, "token_uuid_ptr": 8}, "EFAULT"),
+    ({"argsz": 24, "flags": 1, "token_uuid_ptr": 8, "iommufd": 0x3FF0}, "EFAULT"),
+    ({"argsz": 24, "flags": 1, "token_uuid_ptr": "buffer"}, "EINVAL"),
+    ({"argsz": 24, "flags": 1, "token_uuid_ptr": "buffer", "iommufd": 0x3FF0}, "EINVAL"),
+]
+
+
+@pytest.mark.parametrize(("fields", "answer"), BIND)
+def test_bind_refuses(env, fields, answer):
+    names = {"memfd": env.memfd(PAGE), "buffer": env.buffer(16)}
+    fields = {key: names.get(given, given) for key, given in fields.items()}
+    fd = env.open(MACHINE.vfio[0])
+    assert bind(env, fd, env.iommu(), **fields) == answer
+    # and it can be bound afterwards
+    assert not isinstance(bind(env, fd, env.iommu()), str)
+
+
+def test_bind_tail(env):
+    iommufd, fd = env.iommu(), env.open(MACHINE.vfio[0])
+    struct = vfio.vfio_device_bind_iommufd
+    size = ctypes.sizeof(struct)
+    longer = Extended.of(struct, {"argsz": size + 8, "iommufd": iommufd}, 1)
+    assert outcome(env.ioctl, fd, vfio.VFIO_DEVICE_BIND_IOMMUFD, longer) == "E2BIG"
+    zeros = Extended.of(struct, {"argsz": size + 8, "iommufd": iommufd}, 0)
+    assert not isinstance(outcome(env.ioctl, fd, vfio.VFIO_DEVICE_BIND_IOMMUFD, zeros), str)
+
+
+def test_bind_twice(env):
+    fd, iommufd, _ = bound(env)
+    assert bind(env, fd, iommufd) == "EINVAL"
+    assert bind(env, fd, -1) == "EINVAL"
+    other = env.open(MACHINE.vfio[0])
+    assert bind(env, other, iommufd) == "EINVAL"
+    assert bind(env, other, 0x3FF0) == "EBADF"
+    env.close(fd)
+    assert not isinstance(bind(env, other, iommufd), str)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("VFIO_DEVICE_ATTACH_IOMMUFD_PT", {"argsz": 12, "pt_id": 1}),
+        ("VFIO_DEVICE_DETACH_IOMMUFD_PT", {"argsz": 8}),
+        ("VFIO_DEVICE_GET_INFO", {}),
+        ("VFIO_DEVICE_GET_REGION_INFO", {}),
+    ],
+)
+def test_nothing_before_bind(env, name, fields):
+    assert outcome(env.call, env.open(MACHINE.vfio[0]), name, **fields) == "EINVAL"
+
+
+def test_ids_are_the_lowest_free_ones(env):
+    fd, iommufd, dev = bound(env)
+    assert dev == 1
+    ioas = env.ioas(iommufd)
+    assert (ioas, attach(env, fd, ioas)) == (2, 3)
+    assert env.hwpt(iommufd, dev, ioas) == 4
+    assert detach(env, fd) == 0
+    assert env.ioas(iommufd) == 3  # the automatic HWPT went with its device
+
+
+def test_attach_refuses(env):
+    fd, iommufd, dev = bound(env)
+    ioas = env.ioas(iommufd)
+    assert attach(env, fd, ioas, argsz=11) == "EINVAL"
+    assert attach(env, fd, ioas, flags=2) == "EINVAL"
+    assert attach(env, fd, ABSENT) == "ENOENT"
+    assert attach(env, fd, dev) == "EINVAL"
+    assert detach(env, fd, argsz=7) == "EINVAL"
+    assert detach(env, fd, flags=2) == "EINVAL"
+    # what is behind the first version of these two is not looked at
+    longer = Extended.of(vfio.vfio_device_attach_iommufd_pt, {"argsz": 24, "pt_id": ioas}, ABSENT)
+    assert not isinstance(outcome(env.ioctl, fd, vfio.VFIO_DEVICE_ATTACH_IOMMUFD_PT, longer), str)
+
+
+def test_attach_replace_detach(env):
+    fd, iommufd, dev = bound(env)
+    first, second = env.ioas(iommufd), env.ioas(iommufd)
+    auto = attach(env, fd, first)
+    assert attach(env, fd, first) == auto
+    assert outcome(env.destroy, iommufd, auto) == "EBUSY"
+    assert outcome(env.destroy, iommufd, first) == "EBUSY"
+    own = env.hwpt(iommufd, dev, second)
+    assert outcome(env.destroy, iommufd, second) == "EBUSY"
+    assert attach(env, fd, own) == own
+    assert outcome(env.destroy, iommufd, auto) == "ENOENT"  # went with its last device
+    assert outcome(env.destroy, iommufd, first) is None
+    assert outcome(env.destroy, iommufd, own) == "EBUSY"
+    assert detach(env, fd) == 0
+    assert detach(env, fd) == 0
+    assert outcome(env.destroy, iommufd, own) is None
+    assert outcome(env.destroy, iommufd, dev) == "EBUSY"
+
+
+def test_a_device_brings_its_ranges(env):
+    fd, iommufd, _ = bound(env)
+    ioas, memfd = env.ioas(iommufd), env.memfd(16 * PAGE)
+    assert env.ranges(iommufd, ioas) == ([(0, (1 << 64) - 1)], 1)
+    attach(env, fd, ioas)
+    ranges, alignment = env.ranges(iommufd, ioas)
+    assert alignment == PAGE
+    assert not any(start <= MSI_WINDOW <= last for start, last in ranges)
+    assert any(start <= BASE <= last for start, last in ranges)
+    for iova in (MSI_WINDOW - PAGE, MSI_WINDOW, MSI_WINDOW + 0xFF000):
+        assert outcome(env.map_file, iommufd, ioas, memfd, 0, 2 * PAGE, iova) == "EINVAL"
+    assert env.map_file(iommufd, ioas, memfd, 0, PAGE, MSI_WINDOW - PAGE) == MSI_WINDOW - PAGE
+    assert env.map_file(iommufd, ioas, memfd, 0, PAGE, MSI_WINDOW + (1 << 20)) == MSI_WINDOW + (1 << 20)
+    detach(env, fd)
+    assert env.ranges(iommufd, ioas) == ([(0, (1 << 64) - 1)], 1)
+
+
+@pytest.mark.parametrize("iova", [MSI_WINDOW, MSI_WINDOW - PAGE])
+def test_attach_to_an_ioas_with_the_msi_window_in_use(env, iova):
+    fd, iommufd, _ = bound(env)
+    ioas = env.ioas(iommufd)
+    env.map_file(iommufd, ioas, env.memfd(16 * PAGE), 0, 2 * PAGE, iova)
+    assert attach(env, fd, ioas) == "EADDRINUSE"
+    assert env.unmap(iommufd, ioas) == 2 * PAGE
+    assert not isinstance(attach(env, fd, ioas), str)
+
+
+def test_attach_to_an_ioas_that_cannot_be_shown(env):
+    fd, iommufd, _ = bound(env)
+    memfd = env.memfd(4 * PAGE)
+    past, odd, nothing = env.ioas(iommufd), env.ioas(iommufd), env.ioas(iommufd)
+    env.map_file(iommufd, past, memfd, 0, 8 * PAGE, BASE)
+    assert attach(env, fd, past) == "EINVAL"
+    env.map_file(iommufd, odd, memfd, 0, PAGE, BASE + 512)
+    assert attach(env, fd, odd) == "EADDRINUSE"
+    env.map(iommufd, nothing, 0x1000, PAGE, BASE)
+    assert attach(env, fd, nothing) == "EFAULT"
+    allowed = env.ioas(iommufd)
+    env.allow(iommufd, allowed, [(MSI_WINDOW, MSI_WINDOW + PAGE - 1)])
+    assert attach(env, fd, allowed) == "EADDRINUSE"
+    assert detach(env, fd) == 0
+
+
+def test_a_fault_queue_needs_pri(env):
+    fd, iommufd, dev = bound(env)
+    ioas = env.ioas(iommufd)
+    queue = env.call(iommufd, "IOMMU_FAULT_QUEUE_ALLOC")
+    env.owned(queue.out_fault_fd)
+    made = env.call(
+        iommufd, "IOMMU_HWPT_ALLOC", dev_id=dev, pt_id=ioas, flags=4, fault_id=queue.out_fault_id
+    ).out_hwpt_id
+    assert attach(env, fd, made) == "ENODEV"
+    env.destroy(iommufd, made)
+
+
+def test_info(env):
+    fd, _, _ = bound(env)
+    info = env.call(fd, "VFIO_DEVICE_GET_INFO")
+    assert info.flags & vfio.VFIO_DEVICE_FLAGS_PCI
+    assert (info.num_regions, info.num_irqs) == (vfio.VFIO_PCI_NUM_REGIONS, vfio.VFIO_PCI_NUM_IRQS)
+    assert outcome(env.call, fd, "VFIO_DEVICE_GET_INFO", argsz=15) == "EINVAL"
+    bar = env.call(fd, "VFIO_DEVICE_GET_REGION_INFO", index=vfio.VFIO_PCI_BAR0_REGION_INDEX)
+    assert bar.size >= PAGE
+    assert bar.flags & 7 == (
+        vfio.VFIO_REGION_INFO_FLAG_READ | vfio.VFIO_REGION_INFO_FLAG_WRITE | vfio.VFIO_REGION_INFO_FLAG_MMAP
+    )
+    assert bar.offset == vfio.VFIO_PCI_BAR0_REGION_INDEX << 40
+    assert env.call(fd, "VFIO_DEVICE_GET_REGION_INFO", index=5).size == 0
+    for index in (vfio.VFIO_PCI_VGA_REGION_INDEX, vfio.VFIO_PCI_NUM_REGIONS, 1 << 20):
+        assert outcome(env.call, fd, "VFIO_DEVICE_GET_REGION_INFO", index=index) == "EINVAL"
+    assert outcome(env.call, fd, "VFIO_DEVICE_GET_REGION_INFO", argsz=31) == "EINVAL"
+
+
+def test_closing_the_iommufd_first(env):
+    """The device keeps the iommufd."""
+    fd, iommufd, _ = bound(env)
+    ioas = env.ioas(iommufd)
+    env.map_file(iommufd, ioas, env.memfd(PAGE), 0, PAGE, BASE)
+    hwpt = attach(env, fd, ioas)
+    env.close(iommufd)
+    assert attach(env, fd, ioas) == hwpt
+    assert detach(env, fd) == 0
+
+
+def test_closing_the_device_gives_everything_back(env):
+    fd, iommufd, dev = bound(env)
+    ioas = env.ioas(iommufd)
+    attach(env, fd, ioas)
+    env.close(fd)
+    assert outcome(env.destroy, iommufd, dev) == "ENOENT"
+    assert outcome(env.destroy, iommufd, ioas) is None
+    again = env.open(MACHINE.vfio[0])
+    assert bind(env, again, iommufd).out_devid == 1
+
+
+def test_another_iommufd_does_not_know_the_device(env):
+    fd, iommufd, dev = bound(env)
+    other = env.iommu()
+    ioas = env.ioas(other)
+    fields = {"dev_id": dev, "pt_id": ioas}
+    assert outcome(env.call, other, "IOMMU_HWPT_ALLOC", **fields) == "ENOENT"
+    mine = env.ioas(iommufd)
+    fields = {"flags": FIXED | RW, "ioas_id": mine, "fd": env.memfd(PAGE), "length": PAGE, "iova": BASE}
+    assert not isinstance(outcome(env.call, iommufd, "IOMMU_IOAS_MAP_FILE", **fields), str)
+    assert attach(env, fd, mine) != "ENOENT"
