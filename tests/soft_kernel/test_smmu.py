@@ -9,6 +9,7 @@ import pytest
 from soft_machine import MIB, Caller, refused, settled
 
 from iokeep.errors import IokeepError, UsageError
+from iokeep.pt.extents import PROT_R, PROT_W, Extents
 from iokeep.pt.roots import smmu as codec
 from iokeep.pt.roots.base import RootFault
 from iokeep.pt.roots.smmu import FaultReason
@@ -17,7 +18,7 @@ from iokeep.soft.hardware.platform import Platform
 from iokeep.soft.hardware.units import smmu as reg
 from iokeep.soft.kernel.builtin import install
 from iokeep.soft.kernel.drivers.smmu import Smmu
-from iokeep.soft.kernel.frames import Kind
+from iokeep.soft.kernel.frames import FRAME_SHIFT, TAG_KERNEL, Kind
 from iokeep.soft.kernel.iommu import Inherited
 from iokeep.soft.kernel.kernel import Kernel
 from iokeep.soft.kernel.klog import Klog
@@ -301,21 +302,35 @@ def sizes(input_bits, output_bits=None, **more):
 def test_table_parameters(params, start, entries):
     """What arm_lpae_concat_mandatory() makes of the sizes; hardware finds the same, and translates by it."""
     kernel = boot(1, **params)
+    driver, frames = kernel.iommu, kernel.frames
+    dev, domain = driver.devices[0], driver.alloc_domain()
+    driver.set_domain(dev, domain)
+    found = driver.root_of(dev)
+    assert (found.fmt.config["start_level"], found.fmt.config["root_entries"]) == (start, entries)
+    assert dict(found.fmt.config) == dict(domain.fmt.config)
+    fe = frontend(kernel)
+    block = frames.alloc(1, TAG_KERNEL, Kind.KERNEL, order=10)
+    pa = int(block[0]) << FRAME_SHIFT
+    domain.map(Extents.of([(IOVA, IOVA + 4 * MIB - 1, pa, PROT_R | PROT_W)]))
+    assert fe.translate(IOVA + 4 * MIB - 8, True) == (pa + 4 * MIB - 8, 0)
+    domain.unmap(IOVA, IOVA + 4 * MIB - 1)
+    assert fe.translate(IOVA + 4 * MIB - 8, True) == (None, FaultReason.F_TRANSLATION)
+    driver.set_domain(dev, None)
+    domain.free()
+    frames.put(np.arange(block[0], block[0] + 1024))
+    settled(kernel)
+
+
+@pytest.mark.parametrize("granule", ["16K", "64K"])
+def test_iommufd_takes_no_granule_above_its_page(granule):
+    """iopt_table_add_domain(): "we can't guarantee higher contiguity"."""
+    kernel = boot(1, granule=granule)
     c = Caller(kernel)
     fd = c.iommu()
-    ioas = c.ioas(fd)
-    m = c.memfd(size=4 * MIB)
-    attached(c, fd, ioas)
-    dev = kernel.iommu.devices[0]
-    found = kernel.iommu.root_of(dev)
-    assert (found.fmt.config["start_level"], found.fmt.config["root_entries"]) == (start, entries)
-    assert dict(found.fmt.config) == dict(dev.domain.fmt.config)
-    fe = frontend(kernel)
-    c.map_file(fd, ioas, m, 0, 4 * MIB, IOVA)
-    assert fe.translate(IOVA + 4 * MIB - 8, True)[0] is not None
-    c.unmap(fd, ioas)
-    assert fe.translate(IOVA + 4 * MIB - 8, True) == (None, FaultReason.F_TRANSLATION)
-    settled(kernel)
+    ioas, v = c.ioas(fd), c.vfio(0)
+    c.bind(v, fd)
+    with refused(errno.EINVAL):
+        c.attach(v, ioas)
 
 
 @pytest.mark.parametrize(
