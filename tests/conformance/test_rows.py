@@ -9,6 +9,7 @@ from conf_machine import device_kinds, open_machine
 from conf_rows import ABSENT, AREA, AREAS, FREE, MEMFD_BYTES, NOIOMMU_ROWS, ROWS
 
 from iokeep.uapi.copy_struct import IOMMU_IOCTLS
+from iokeep.uapi.errnos import MEANINGS
 
 #: an IOVA that is reserved while a device of the kind is attached: below the mock's aperture, an MSI window
 RESERVED = {"mock": 0x10000, "vfio": 0xFEE00000}
@@ -111,6 +112,12 @@ def test_noiommu_row(machine, row, kind):
 
 def test_every_ioctl_has_rows():
     assert {row[0] for row in ROWS + NOIOMMU_ROWS} == {op.name for op in IOMMU_IOCTLS.values()}
+
+
+def test_every_errno_is_explained():
+    """What a refusal means for that ioctl, in the words of the client library."""
+    refusals = {(row[0], row[2]) for row in ROWS + NOIOMMU_ROWS if isinstance(row[2], str)}
+    assert sorted(pair for pair in refusals if pair[1] not in MEANINGS.get(pair[0], {})) == []
 
 
 # ---- sizes and tails (iommufd_fops_ioctl)

@@ -26,6 +26,7 @@ WRITE = 2
 _U64_MAX = (1 << 64) - 1
 _MAX_RANGES = 1 << 20
 _MAX_MISMATCHES = 1 << 16
+_MAX_DIRTY_PAGES = 1 << 28
 
 
 class IommufdError(IoctlRefused):
@@ -300,6 +301,86 @@ class Iommufd(FdOwner):
         # data_len comes back as the length that the kernel has, which may be more than it wrote.
         data = buffer.raw[: min(arg.data_len, len(buffer))]
         return HwInfo(arg.out_data_type, data, arg.out_capabilities, arg.out_max_pasid_log2)
+
+    def charge_by_process(self, value: bool | None = None) -> bool:
+        """IOMMU_OPTION_RLIMIT_MODE: whether pinned pages count for the process and not for its user.
+
+        :param value: sets it, before the iommufd has its first object; needs CAP_SYS_RESOURCE.
+        :returns: the mode now.
+        """
+        arg = uapi.iommu_option(
+            size=ctypes.sizeof(uapi.iommu_option),
+            option_id=uapi.IOMMU_OPTION_RLIMIT_MODE,
+            op=uapi.IOMMU_OPTION_OP_GET if value is None else uapi.IOMMU_OPTION_OP_SET,
+            val64=int(bool(value)),
+        )
+        self._ioctl("IOMMU_OPTION", uapi.IOMMU_OPTION, arg, option="RLIMIT_MODE", value=value)
+        return bool(arg.val64)
+
+    def compat_ioas(self, ioas_id: int | None = None, *, clear: bool = False) -> int:
+        """IOMMU_VFIO_IOAS: the IOAS that old VFIO containers use: ask for it, set it, or clear it.
+
+        :returns: its id; 0 after a clear. :raises IommufdError: ENODEV: there is none.
+        """
+        op = uapi.IOMMU_VFIO_IOAS_GET if ioas_id is None else uapi.IOMMU_VFIO_IOAS_SET
+        op = uapi.IOMMU_VFIO_IOAS_CLEAR if clear else op
+        arg = uapi.iommu_vfio_ioas(size=ctypes.sizeof(uapi.iommu_vfio_ioas), ioas_id=ioas_id or 0, op=op)
+        self._ioctl("IOMMU_VFIO_IOAS", uapi.IOMMU_VFIO_IOAS, arg, op=op, ioas=ioas_id)
+        return 0 if clear else int(arg.ioas_id)
+
+    def set_dirty_tracking(self, hwpt_id: int, enable: bool) -> None:
+        """Let the IOMMU note in the table which pages devices write, or stop that."""
+        arg = uapi.iommu_hwpt_set_dirty_tracking(
+            size=ctypes.sizeof(uapi.iommu_hwpt_set_dirty_tracking),
+            flags=uapi.IOMMU_HWPT_DIRTY_TRACKING_ENABLE if enable else 0,
+            hwpt_id=hwpt_id,
+        )
+        name = "IOMMU_HWPT_SET_DIRTY_TRACKING"
+        self._ioctl(name, uapi.IOMMU_HWPT_SET_DIRTY_TRACKING, arg, hwpt=hwpt_id, enable=enable)
+
+    def dirty_bitmap(
+        self, hwpt_id: int, iova: int, length: int, page_size: int = 4096, *, clear: bool = True
+    ) -> bytes:
+        """Which pages of [iova, iova + length - 1] devices have written since they were last asked for.
+
+        :param length: bytes, a multiple of *page_size*, at most 1 TiB of 4 KiB pages.
+        :param clear: forget them.
+        :returns: a bit for each page, the first page in bit 0 of the first byte.
+        """
+        if page_size <= 0 or page_size & (page_size - 1) or length <= 0 or length % page_size:
+            raise ValueError(f"{length:#x} bytes are not pages of {page_size:#x}")
+        pages = length // page_size
+        if pages > _MAX_DIRTY_PAGES:
+            raise ValueError(f"{pages} pages in one bitmap, more than {_MAX_DIRTY_PAGES}")
+        bitmap = (ctypes.c_uint64 * (-(-pages // 64)))()
+        arg = uapi.iommu_hwpt_get_dirty_bitmap(
+            size=ctypes.sizeof(uapi.iommu_hwpt_get_dirty_bitmap),
+            hwpt_id=hwpt_id,
+            flags=0 if clear else uapi.IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR,
+            iova=_u64(iova, "iova"),
+            length=_u64(length, "length"),
+            page_size=page_size,
+            data=ctypes.addressof(bitmap),
+        )
+        name = "IOMMU_HWPT_GET_DIRTY_BITMAP"
+        about: dict[str, object] = {"hwpt": hwpt_id, "iova": f"{iova:#x}", "length": f"{length:#x}"}
+        self._ioctl(name, uapi.IOMMU_HWPT_GET_DIRTY_BITMAP, arg, **about)
+        return bytes(bitmap)[: -(-pages // 8)]
+
+    def noiommu_pa(self, ioas_id: int, iova: int, length: int) -> tuple[int, int]:
+        """Where an IOAS without an IOMMU has its pages: (pa, bytes that are contiguous from there).
+
+        Needs CAP_SYS_RAWIO; EOPNOTSUPP behind an IOMMU, and on a kernel without CONFIG_VFIO_NOIOMMU.
+        """
+        arg = uapi.iommu_ioas_noiommu_get_pa(
+            size=ctypes.sizeof(uapi.iommu_ioas_noiommu_get_pa),
+            ioas_id=ioas_id,
+            iova=_u64(iova, "iova"),
+            length=_u64(length, "length"),
+        )
+        name = "IOMMU_IOAS_NOIOMMU_GET_PA"
+        self._ioctl(name, uapi.IOMMU_IOAS_NOIOMMU_GET_PA, arg, ioas=ioas_id, iova=f"{iova:#x}")
+        return int(arg.out_phys), int(arg.length)
 
     def change_process(self) -> None:
         """Account all pinned pages to this process (after a change of the VMM's binary)."""
@@ -657,37 +738,59 @@ class VfioDevice(FdOwner):
         objects = {"vfio": self.fd, **objects}
         return checked_ioctl(self.transport, self.fd, operation, request, arg, objects, IommufdError)
 
-    def bind(self, iommufd: Iommufd) -> int:
+    def bind(self, iommufd: Iommufd, token: bytes | None = None) -> int:
         """Bind to an iommufd, once per file.
 
+        :param token: 16 bytes of the VF token (a UUID), for a virtual function.
         :returns: the device's id there, also in ``dev_id``.
         """
+        if token is not None and len(token) != 16:
+            raise ValueError(f"a VF token has 16 bytes, not {len(token)}")
+        uuid = ctypes.create_string_buffer(token or b"", 16)
         arg = vfio.vfio_device_bind_iommufd(
             # Without a token the first version of the structure will do, on every kernel.
-            argsz=end_of(vfio.vfio_device_bind_iommufd, "out_devid"),
+            argsz=end_of(vfio.vfio_device_bind_iommufd, "token_uuid_ptr" if token else "out_devid"),
+            flags=vfio.VFIO_DEVICE_BIND_FLAG_TOKEN if token else 0,
             iommufd=iommufd.fd,
+            token_uuid_ptr=ctypes.addressof(uuid) if token else 0,
         )
         self._ioctl("VFIO_DEVICE_BIND_IOMMUFD", vfio.VFIO_DEVICE_BIND_IOMMUFD, arg, iommufd=iommufd.fd)
         self.dev_id = int(arg.out_devid)
         return self.dev_id
 
-    def attach(self, pt_id: int) -> int:
+    def attach(self, pt_id: int, pasid: int | None = None) -> int:
         """Attach to an HWPT, or to an IOAS (the kernel then finds or makes an HWPT); replaces the one before.
 
+        :param pasid: only what the device does under this PASID.
         :returns: the id of the HWPT.
         """
-        arg = vfio.vfio_device_attach_iommufd_pt(
-            argsz=end_of(vfio.vfio_device_attach_iommufd_pt, "pt_id"), pt_id=pt_id
+        struct = vfio.vfio_device_attach_iommufd_pt
+        arg = struct(
+            argsz=end_of(struct, "pt_id" if pasid is None else "pasid"),
+            flags=0 if pasid is None else vfio.VFIO_DEVICE_ATTACH_PASID,
+            pt_id=pt_id,
+            pasid=pasid or 0,
         )
-        name = "VFIO_DEVICE_ATTACH_IOMMUFD_PT"
-        self._ioctl(name, vfio.VFIO_DEVICE_ATTACH_IOMMUFD_PT, arg, device=self.dev_id, pt=pt_id)
+        about: dict[str, object] = {"device": self.dev_id, "pt": pt_id}
+        about |= {} if pasid is None else {"pasid": pasid}
+        self._ioctl("VFIO_DEVICE_ATTACH_IOMMUFD_PT", vfio.VFIO_DEVICE_ATTACH_IOMMUFD_PT, arg, **about)
         return int(arg.pt_id)
 
-    def detach(self) -> None:
-        """Detach: the device's DMA faults from here on."""
-        arg = vfio.vfio_device_detach_iommufd_pt(argsz=end_of(vfio.vfio_device_detach_iommufd_pt, "flags"))
+    def detach(self, pasid: int | None = None) -> None:
+        """Detach: the device's DMA (under a PASID) faults from here on."""
+        struct = vfio.vfio_device_detach_iommufd_pt
+        arg = struct(
+            argsz=end_of(struct, "flags" if pasid is None else "pasid"),
+            flags=0 if pasid is None else vfio.VFIO_DEVICE_DETACH_PASID,
+            pasid=pasid or 0,
+        )
         name = "VFIO_DEVICE_DETACH_IOMMUFD_PT"
         self._ioctl(name, vfio.VFIO_DEVICE_DETACH_IOMMUFD_PT, arg, device=self.dev_id)
+
+    def reset(self) -> None:
+        """Reset the device's function; its DMA is over when this returns. ENOTTY: it cannot be reset."""
+        nothing = vfio.vfio_device_info()  # the call takes no argument
+        self._ioctl("VFIO_DEVICE_RESET", vfio.VFIO_DEVICE_RESET, nothing, device=self.dev_id)
 
     def info(self) -> vfio.vfio_device_info:
         """VFIO_DEVICE_GET_INFO."""

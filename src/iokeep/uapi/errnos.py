@@ -88,6 +88,22 @@ _ADOPT: dict[str, _Text] = {
     ),
 }
 
+_NO_HWPT: _Text = ("there is no such paging HWPT in this iommufd", "check the id")
+_NO_VIOMMU: _Text = (
+    "there is no such vIOMMU or device in this iommufd",
+    "make the vIOMMU first; check the ids",
+)
+_NO_VIRTUAL: _Text = (
+    "the IOMMU's driver offers no vIOMMU of that type, or flags or a reserved field is not 0",
+    "hw_info() says what the IOMMU is; only some have a vIOMMU",
+)
+_NO_DIRTY: _Text = (
+    "the HWPT was made without dirty tracking, or a flag is unknown",
+    "make it with IOMMU_HWPT_ALLOC_DIRTY_TRACKING, where hw_info() shows the capability",
+)
+_RESERVED: _Text = ("a reserved field is not 0", "leave it 0")
+_RANGES_FAULT: _Text = ("the array of ranges is not in this process's memory", "check its address")
+
 _SESSION_BY_NAME: dict[str, _Text] = {
     "EINVAL": (
         "the name is empty or longer than 63 bytes, or the session was retrieved already",
@@ -123,6 +139,8 @@ MEANINGS: Mapping[str, Mapping[str, _Text]] = MappingProxyType(
         },
         "IOMMU_IOAS_ALLOC": {"EOPNOTSUPP": ("flags must be 0", "")},
         "IOMMU_IOAS_ALLOW_IOVAS": {
+            "EOPNOTSUPP": _RESERVED,
+            "EFAULT": _RANGES_FAULT,
             "EADDRINUSE": (
                 "a range that must stay allowed conflicts with a reserved one of an attached device",
                 "compare with iova_ranges()",
@@ -131,6 +149,8 @@ MEANINGS: Mapping[str, Mapping[str, _Text]] = MappingProxyType(
             "ENOENT": ("there is no such IOAS in this iommufd", "check the id"),
         },
         "IOMMU_IOAS_IOVA_RANGES": {
+            "EOPNOTSUPP": _RESERVED,
+            "EFAULT": _RANGES_FAULT,
             "EMSGSIZE": ("there are more ranges than fit", "ask again with more room"),
             "ENOENT": ("there is no such IOAS in this iommufd", "check the id"),
         },
@@ -182,11 +202,85 @@ MEANINGS: Mapping[str, Mapping[str, _Text]] = MappingProxyType(
             "EBUSY": ("the iommufd is preserved in a live-update session", "close the session first"),
             "EADDRINUSE": ("an area lies in a reserved range of the device", "compare with iova_ranges()"),
         },
+        "IOMMU_VFIO_IOAS": {
+            "ENODEV": ("no compat IOAS is set", "set one, or attach a VFIO container first"),
+            "ENOENT": ("there is no such IOAS in this iommufd", "check the id"),
+            "EOPNOTSUPP": ("op is not GET, SET or CLEAR, or a reserved field is not 0", ""),
+        },
+        "IOMMU_HWPT_SET_DIRTY_TRACKING": {"ENOENT": _NO_HWPT, "EOPNOTSUPP": _NO_DIRTY},
+        "IOMMU_HWPT_GET_DIRTY_BITMAP": {
+            "ENOENT": _NO_HWPT,
+            "EOPNOTSUPP": _NO_DIRTY,
+            "EINVAL": (
+                "length or page_size is 0, the range is not aligned to the IOMMU's pages or to page_size, or "
+                "nothing is mapped in a part of it",
+                "ask for whole areas in pages that iova_alignment() allows",
+            ),
+            "EOVERFLOW": ("iova and length pass the end of the 64-bit space", "check the length"),
+        },
+        "IOMMU_HWPT_INVALIDATE": {
+            "ENOENT": ("there is no such object in this iommufd", "check the id"),
+            "EINVAL": (
+                "the object is neither a nested HWPT nor a vIOMMU, or an entry is of no use: no data, a "
+                "length of 0 or above a page, more than 524288, a type that the driver does not know",
+                "entry_num comes back as the number that was done",
+            ),
+            "EOPNOTSUPP": ("the driver caches nothing for guests, or a reserved field is not 0", ""),
+        },
+        "IOMMU_GET_HW_INFO": {
+            "ENOENT": ("there is no such device in this iommufd", "bind the device first"),
+            "EOPNOTSUPP": (
+                "the IOMMU is not of the type that is asked for, or flags or a reserved field is not 0",
+                "ask for IOMMU_HW_INFO_TYPE_DEFAULT",
+            ),
+            "EFAULT": ("the buffer is not in this process's memory", "check data_uptr and data_len"),
+        },
+        "IOMMU_FAULT_QUEUE_ALLOC": {"EOPNOTSUPP": ("flags must be 0", "")},
+        "IOMMU_VIOMMU_ALLOC": {
+            "ENOENT": ("there is no such device or HWPT in this iommufd", "bind the device first"),
+            "EOPNOTSUPP": _NO_VIRTUAL,
+            "EINVAL": ("the HWPT is no nesting parent", "make it with IOMMU_HWPT_ALLOC_NEST_PARENT"),
+        },
+        "IOMMU_VDEVICE_ALLOC": {
+            "ENOENT": _NO_VIOMMU,
+            "EEXIST": ("the device, or the virtual id, is in a vIOMMU already", "a device is in one at most"),
+            "EINVAL": ("the device is behind another IOMMU than the vIOMMU", "use a device of that IOMMU"),
+        },
+        "IOMMU_VEVENTQ_ALLOC": {
+            "ENOENT": _NO_VIOMMU,
+            "EINVAL": ("the depth is 0 or above 524288", "choose another depth"),
+            "EEXIST": ("the vIOMMU has a queue of that type", "one queue of each type"),
+            "EOPNOTSUPP": _NO_VIRTUAL,
+        },
+        "IOMMU_HW_QUEUE_ALLOC": {
+            "ENOENT": _NO_VIOMMU,
+            "EINVAL": ("the length is 0, or the queue's memory is not contiguous in the parent", "check it"),
+            "EOVERFLOW": ("iova and length pass the end of the 64-bit space", "check the length"),
+            "EOPNOTSUPP": _NO_VIRTUAL,
+        },
+        "IOMMU_IOAS_NOIOMMU_GET_PA": {
+            "EPERM": ("CAP_SYS_RAWIO is missing", "run as root"),
+            "ENOENT": ("there is no such IOAS, or nothing is mapped at the iova", "check both"),
+            "EINVAL": ("the length is 0", ""),
+            "EOVERFLOW": ("the iova is the last of the 64-bit space", ""),
+            "EOPNOTSUPP": (
+                "the IOAS is behind an IOMMU, which keeps its pages to itself, or the kernel has no noiommu "
+                "mode",
+                "only an IOAS of a noiommu device can tell (CONFIG_VFIO_NOIOMMU)",
+            ),
+        },
         "IOMMU_IOAS_CHANGE_PROCESS": {
+            "EOPNOTSUPP": _RESERVED,
             "EINVAL": ("the iommufd has a mapping that is no file", "map all memory with MAP_FILE"),
             "EBUSY": ("another thread is at work on an area", "try again"),
         },
         "VFIO_DEVICE_BIND_IOMMUFD": {
+            "EFAULT": ("the VF token is not in this process's memory", "check its address"),
+            "EACCES": (
+                "the VF token is missing or wrong",
+                "use the token that the driver of the PF was given",
+            ),
+            "ENODEV": ("the device is gone", ""),
             "EINVAL": (
                 "the device file is bound already, or the descriptor is negative",
                 "open a new device file to bind again",
@@ -205,6 +299,9 @@ MEANINGS: Mapping[str, Mapping[str, _Text]] = MappingProxyType(
             ),
         },
         "VFIO_DEVICE_ATTACH_IOMMUFD_PT": {
+            "EFAULT": ("user memory of the IOAS cannot be pinned", "map files with MAP_FILE"),
+            "ENOMEM": _MAP["ENOMEM"],
+            "EOPNOTSUPP": ("the device or its driver has no PASIDs", "attach without a PASID"),
             "EINVAL": (
                 "the device is not bound, or the HWPT cannot serve it (another IOMMU, other widths)",
                 "bind first; use an HWPT made for this device",
@@ -222,7 +319,15 @@ MEANINGS: Mapping[str, Mapping[str, _Text]] = MappingProxyType(
             "EADDRINUSE": ("an area lies in a reserved range of the device", "compare with iova_ranges()"),
             "ENODEV": ("the device is gone", ""),
         },
+        "VFIO_DEVICE_RESET": {
+            "ENOTTY": (
+                "the device has no way to be reset alone",
+                "close the file: vfio-pci resets what it can",
+            ),
+            "EINVAL": ("the device is not bound to an iommufd", "bind it first"),
+        },
         "VFIO_DEVICE_DETACH_IOMMUFD_PT": {
+            "EOPNOTSUPP": ("the device or its driver has no PASIDs", "detach without a PASID"),
             "EBUSY": ("the device is preserved in a live-update session", "close the session first"),
             "EINVAL": ("the device is not bound to an iommufd", "bind it first"),
         },

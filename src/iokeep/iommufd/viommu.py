@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a guest's own IOMMU needs of /dev/iommu: fault queues, vIOMMUs with their devices, events and queues.
+
+Only some IOMMU drivers have these; the others answer EOPNOTSUPP. Sources: Documentation/userspace-api/
+iommufd.rst and include/uapi/linux/iommufd.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+from iokeep.iommufd.client import Iommufd, IommufdError
+from iokeep.uapi import iommufd as uapi
+from iokeep.uapi.errnos import checked_ioctl
+from iokeep.uapi.owner import FdOwner
+
+
+def _call(iommufd: Iommufd, name: str, request: int, arg: ctypes.Structure, /, **about: object) -> None:
+    checked_ioctl(iommufd.transport, iommufd.fd, name, request, arg, about, IommufdError)
+
+
+class FaultQueue(FdOwner):
+    """A queue of IO page faults: its descriptor is read and written as the kernel's header says.
+
+    :ivar id: what an HWPT is made with (``hwpt_alloc(..., flags=IOMMU_HWPT_FAULT_ID_VALID, fault_id=id)``).
+    """
+
+    def __init__(self, iommufd: Iommufd) -> None:
+        arg = uapi.iommu_fault_alloc(size=ctypes.sizeof(uapi.iommu_fault_alloc))
+        _call(iommufd, "IOMMU_FAULT_QUEUE_ALLOC", uapi.IOMMU_FAULT_QUEUE_ALLOC, arg, iommufd=iommufd.fd)
+        super().__init__(iommufd.transport, int(arg.out_fault_fd))
+        self.id = int(arg.out_fault_id)
+
+
+class EventQueue(FdOwner):
+    """A queue of a vIOMMU's events, of one type. :ivar id: the object's."""
+
+    def __init__(self, viommu: Viommu, queue_type: int, depth: int) -> None:
+        arg = uapi.iommu_veventq_alloc(
+            size=ctypes.sizeof(uapi.iommu_veventq_alloc),
+            viommu_id=viommu.id,
+            type=queue_type,
+            veventq_depth=depth,
+        )
+        name = "IOMMU_VEVENTQ_ALLOC"
+        _call(viommu.iommufd, name, uapi.IOMMU_VEVENTQ_ALLOC, arg, viommu=viommu.id, type=queue_type)
+        super().__init__(viommu.iommufd.transport, int(arg.out_veventq_fd))
+        self.id = int(arg.out_veventq_id)
+
+
+class Viommu:
+    """A slice of a physical IOMMU for one guest, on a nesting parent HWPT. :ivar id: the object's.
+
+    :param viommu_type: IOMMU_VIOMMU_TYPE_*. :param data: the structure of that type, written back where the
+        driver answers in it.
+    """
+
+    def __init__(
+        self, iommufd: Iommufd, dev_id: int, hwpt_id: int, viommu_type: int, data: bytearray | None = None
+    ) -> None:
+        buffer = (ctypes.c_char * len(data)).from_buffer(data) if data else None
+        arg = uapi.iommu_viommu_alloc(
+            size=ctypes.sizeof(uapi.iommu_viommu_alloc),
+            type=viommu_type,
+            dev_id=dev_id,
+            hwpt_id=hwpt_id,
+            data_len=0 if data is None else len(data),
+            data_uptr=0 if buffer is None else ctypes.addressof(buffer),
+        )
+        name = "IOMMU_VIOMMU_ALLOC"
+        _call(iommufd, name, uapi.IOMMU_VIOMMU_ALLOC, arg, device=dev_id, hwpt=hwpt_id, type=viommu_type)
+        self.iommufd = iommufd
+        self.id = int(arg.out_viommu_id)
+
+    def vdevice(self, dev_id: int, virt_id: int) -> int:
+        """The guest knows this device by ``virt_id`` (a stream or requester id); the object's id."""
+        arg = uapi.iommu_vdevice_alloc(
+            size=ctypes.sizeof(uapi.iommu_vdevice_alloc), viommu_id=self.id, dev_id=dev_id, virt_id=virt_id
+        )
+        name = "IOMMU_VDEVICE_ALLOC"
+        about: dict[str, object] = {"viommu": self.id, "device": dev_id, "virt_id": f"{virt_id:#x}"}
+        _call(self.iommufd, name, uapi.IOMMU_VDEVICE_ALLOC, arg, **about)
+        return int(arg.out_vdevice_id)
+
+    def hw_queue(self, queue_type: int, index: int, iova: int, length: int) -> int:
+        """A queue in guest memory that hardware reads by itself; the object's id.
+
+        :param iova: where the nesting parent has it. :param length: bytes.
+        """
+        arg = uapi.iommu_hw_queue_alloc(
+            size=ctypes.sizeof(uapi.iommu_hw_queue_alloc),
+            viommu_id=self.id,
+            type=queue_type,
+            index=index,
+            nesting_parent_iova=iova,
+            length=length,
+        )
+        name = "IOMMU_HW_QUEUE_ALLOC"
+        about: dict[str, object] = {"viommu": self.id, "index": index, "iova": f"{iova:#x}"}
+        _call(self.iommufd, name, uapi.IOMMU_HW_QUEUE_ALLOC, arg, **about)
+        return int(arg.out_hw_queue_id)
+
+    def destroy(self) -> None:
+        """Destroy it; EBUSY while a device, an HWPT or a queue is on it."""
+        self.iommufd.destroy(self.id)
+
+
+def invalidate(iommufd: Iommufd, hwpt_id: int, data_type: int, entries: Sequence[bytes]) -> int:
+    """Drop what the IOMMU has cached of a guest's tables.
+
+    :param hwpt_id: a nested HWPT, or a vIOMMU. :param data_type: IOMMU_HWPT_INVALIDATE_DATA_* or
+        IOMMU_VIOMMU_INVALIDATE_DATA_*. :param entries: structures of that type, all of one length.
+    :returns: how many were done; all, unless it raises.
+    """
+    if len({len(entry) for entry in entries}) > 1:
+        raise ValueError("entries of several lengths")
+    raw = b"".join(entries)
+    buffer = ctypes.create_string_buffer(raw, max(1, len(raw)))
+    arg = uapi.iommu_hwpt_invalidate(
+        size=ctypes.sizeof(uapi.iommu_hwpt_invalidate),
+        hwpt_id=hwpt_id,
+        data_uptr=ctypes.addressof(buffer) if entries else 0,
+        data_type=data_type,
+        entry_len=len(entries[0]) if entries else 0,
+        entry_num=len(entries),
+    )
+    about: dict[str, object] = {"hwpt": hwpt_id, "type": data_type, "entries": len(entries)}
+    _call(iommufd, "IOMMU_HWPT_INVALIDATE", uapi.IOMMU_HWPT_INVALIDATE, arg, **about)
+    return int(arg.entry_num)
