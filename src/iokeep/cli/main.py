@@ -18,6 +18,7 @@ from iokeep.errors import IokeepError
 OBJECTS = {
     "table": "IO page tables: show, walk, extents, verify, diff, digest",
     "handover": "what lies in memory between two kernels: show, check",
+    "host": "this machine: what it offers for a live update; would a process's files survive",
     "bench": "how fast the engine is here, next to memory's own speed, C and NumPy",
     "rehearse": "a whole live update on the software host, measured and broken on request",
 }
