@@ -48,6 +48,13 @@ def test_the_table_of_a_good_run():
     assert out.endswith("0 wrongly freed\n")
 
 
+def test_a_compile_is_shown_as_such():
+    assert "compile" not in rehearsal(DOC)
+    assert "  compile   6.21 s  the DMA engine, once per machine\n" in rehearsal(
+        {**DOC, "compile_ms": 6210.0}
+    )
+
+
 def test_the_table_of_a_refused_run_names_the_place():
     m = {"iova": "0x1000", "last": "0x1fff", "expected_pa": "0x5000", "expected_prot": "rw", "found_pa": None,
          "found_prot": None, "reason": "missing"}  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
 from itertools import pairwise
 from typing import Any
 
@@ -27,11 +28,20 @@ _MOST_THREADS = 4
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """njit with an on-disk cache, or without one where no place is writable."""
+    """njit with an on-disk cache; without one where no place for it is writable, or has room."""
     try:
-        return njit(cache=True, nogil=True)(function)
-    except RuntimeError:
+        cached: Callable[..., Any] = njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # "cannot cache function: no locator available"
         return njit(nogil=True)(function)
+
+    @wraps(cached)
+    def call(*args: Any) -> Any:
+        try:
+            return cached(*args)
+        except OSError:  # what was compiled could not be saved, but is there now; the loops raise nothing
+            return cached(*args)
+
+    return call
 
 
 @compiled

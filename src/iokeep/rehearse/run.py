@@ -740,6 +740,7 @@ class _Rehearsal:
                 for i in self.injected
             ],
             "killed": self.killed,
+            "compile_ms": None if (ms := self.host.compile_ms) is None else round(ms, 3),
             "dma": {
                 "transactions": total.transactions,
                 "bytes": total.bytes,

@@ -171,6 +171,8 @@ def rehearsal(doc: Mapping[str, Any]) -> str:
         f"injected kill-at={step}: the VMM was killed and started again" for step in doc.get("killed", [])
     ]
     rows = []
+    if doc.get("compile_ms"):
+        rows.append(["  compile", duration(doc["compile_ms"]), "the DMA engine, once per machine", ""])
     for t in doc["timeline"]:
         moved = f"{count(t['transactions'])} DMA, {_gap(t)}" if t["transactions"] else ""
         rows.append([f"  {t['step']}", duration(t["ms"]), _what(t["step"], doc), moved])

@@ -100,6 +100,8 @@ class SoftHost:
     devices: list[_Child] = field(default_factory=list)
     kernels: list[_Child] = field(default_factory=list)
     profiles: list[str] = field(default_factory=list)
+    #: what the DMA engine's compile took, in ms; None = it was in the cache
+    compile_ms: float | None = None
     _stopped: bool = False
 
     @classmethod
@@ -132,6 +134,7 @@ class SoftHost:
             if not engine_is_compiled():
                 say("compiling the DMA engine (once per machine, some seconds)")
                 host._wait_devices()
+                host.compile_ms = bar.read_register(host.platform.bars[0], bar.COMPILE_NS) / 1e6
             for index in range(1, n_devices):
                 host._start_device(index)
             host._wait_devices()
@@ -296,11 +299,15 @@ class SoftHost:
 
 
 def engine_is_compiled() -> bool:
-    """Numba's cache has the DMA engine, newer than its source; devices then start in parallel at once."""
+    """Numba's cache has the DMA engine, newer than its source; devices then start in parallel at once.
+
+    Numba keeps it beside the source or, where that cannot be written, in the user's cache.
+    """
     if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
         return True
     source = Path(bar.__file__).with_name("engine.py")
-    places = [source.parent / "__pycache__"]
+    user = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    places = [source.parent / "__pycache__", Path(user) / "numba"]
     if cache := os.environ.get("NUMBA_CACHE_DIR"):
         places = [Path(cache)]
     newest = max((f.stat().st_mtime for p in places for f in p.rglob("engine.burst-*.nbi")), default=0.0)
