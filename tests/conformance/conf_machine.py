@@ -3,8 +3,8 @@
 
 IOKEEP_MACHINE=soft (default): a software kernel in a thread, with its VFIO devices and the mock IOMMU of
 conf_mock.py. IOKEEP_MACHINE=kernel: the running kernel, as root; mock devices where it has
-CONFIG_IOMMUFD_TEST, and the VFIO devices that /dev/vfio/devices shows. What a kernel does not have is not
-tested, and said at the end.
+CONFIG_IOMMUFD_TEST, and the VFIO devices that /dev/vfio/devices shows; IOKEEP_VFIO=ADDRESS,... gives PCI
+devices to vfio-pci first. What a kernel does not have is not tested, and said at the end.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from pathlib import Path
 from conf_selftest import IOMMU_TEST_CMD, iommu_test_cmd
 
 from iokeep.errors import CapabilityError
+from iokeep.iommufd.pci import set_driver
 from iokeep.uapi import iommufd as uapi
 from iokeep.uapi.kernel import KernelTransport
 
@@ -73,6 +74,8 @@ class KernelMachine:
 
     def __init__(self):
         self.transport = KernelTransport()
+        for address in filter(None, os.environ.get("IOKEEP_VFIO", "").split(",")):
+            set_driver(address, "vfio-pci")
         self.luo = Path("/dev/liveupdate").exists()
         self.vfio = [str(each) for each in sorted(Path("/dev/vfio/devices").glob("vfio*"))]
         self.mock = self.noiommu = False
