@@ -4,7 +4,7 @@
 import ctypes
 
 import pytest
-from conf_env import FIXED, PAGE, RW, Env, Extended, outcome, vfio
+from conf_env import FIXED, PAGE, RW, Env, Extended, outcome, uapi, vfio
 from conf_machine import device_kinds, open_machine
 from conf_rows import ABSENT, BASE
 
@@ -189,6 +189,66 @@ def test_attach_to_an_ioas_that_cannot_be_shown(env):
     env.allow(iommufd, allowed, [(MSI_WINDOW, MSI_WINDOW + PAGE - 1)])
     assert attach(env, fd, allowed) == "EADDRINUSE"
     assert detach(env, fd) == 0
+
+
+#: (steps, answers): "own" is an HWPT made for PASIDs, "plain" one that is not. PASID 0 is the device itself,
+#: and to VFIO another attachment of it; edu has no PASIDs, and the kernel notes the attachment all the same
+PASIDS = [
+    ([("own", 5)], ["own"]),
+    ([("own", 5), ("own", 5), ("detach", 5), ("detach", 5)], ["own", "own", 0, 0]),
+    ([("own", 1 << 20)], ["own"]),
+    ([("own", 1 << 31)], ["ENOSPC"]),
+    ([("plain", 5)], ["EINVAL"]),
+    ([("ioas", 5)], ["EINVAL"]),
+    ([("absent", 5), ("device", 5)], ["ENOENT", "EINVAL"]),
+    ([("own", None), ("own", 5), ("detach", 5), ("detach", None)], ["own", "own", 0, 0]),
+    ([("plain", None), ("own", 5)], ["plain", "EINVAL"]),
+    ([("own", 5), ("plain", None), ("detach", 5), ("plain", None)], ["own", "EINVAL", 0, "plain"]),
+    ([("own", 5), ("ioas", None)], ["own", "EINVAL"]),
+    ([("plain", 0), ("own", 0), ("detach", 0)], ["plain", "own", 0]),
+    ([("plain", 0), ("plain", None), ("detach", None), ("destroy", "plain")], ["plain", "EBUSY", 0, "EBUSY"]),
+    ([("plain", None), ("plain", 0), ("absent", 0)], ["plain", "EBUSY", "ENOENT"]),
+    ([("own", 5), ("destroy", "own"), ("detach", 5), ("destroy", "own")], ["own", "EBUSY", 0, None]),
+]
+
+
+@pytest.mark.parametrize(("steps", "answers"), PASIDS)
+def test_pasids(env, steps, answers):
+    fd, iommufd, dev = bound(env)
+    ioas = env.ioas(iommufd)
+    names = {"ioas": ioas, "absent": ABSENT, "device": dev}
+    names["own"] = env.hwpt(iommufd, dev, ioas, uapi.IOMMU_HWPT_ALLOC_PASID)
+    names["plain"] = env.hwpt(iommufd, dev, ioas)
+    got = []
+    for what, pasid in steps:
+        if what == "destroy":
+            got.append(outcome(env.destroy, iommufd, names[pasid]))
+        elif what == "detach":
+            got.append(detach(env, fd) if pasid is None else detach(env, fd, argsz=12, flags=1, pasid=pasid))
+        elif pasid is None:
+            got.append(attach(env, fd, names[what]))
+        else:
+            got.append(attach(env, fd, names[what], argsz=16, flags=1, pasid=pasid))
+    assert got == [names.get(answer, answer) if isinstance(answer, str) else answer for answer in answers]
+
+
+def test_pasids_need_their_field(env):
+    fd, iommufd, _ = bound(env)
+    assert attach(env, fd, env.ioas(iommufd), argsz=15, flags=1) == "EINVAL"
+    assert detach(env, fd, argsz=11, flags=1) == "EINVAL"
+
+
+def test_what_is_reserved_is_seen_before_faults(env):
+    """An HWPT with a fault queue on an IOAS that has the MSI window in use: the window is seen first."""
+    fd, iommufd, dev = bound(env)
+    ioas = env.ioas(iommufd)
+    env.map_file(iommufd, ioas, env.memfd(PAGE), 0, PAGE, MSI_WINDOW)
+    queue = env.call(iommufd, "IOMMU_FAULT_QUEUE_ALLOC")
+    env.owned(queue.out_fault_fd)
+    fields = {"dev_id": dev, "pt_id": ioas, "flags": 4, "fault_id": queue.out_fault_id}
+    made = env.call(iommufd, "IOMMU_HWPT_ALLOC", **fields).out_hwpt_id
+    assert attach(env, fd, made) == "EADDRINUSE"
+    env.destroy(iommufd, made)
 
 
 def test_a_fault_queue_needs_pri(env):

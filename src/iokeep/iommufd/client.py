@@ -788,7 +788,7 @@ class VfioDevice(FdOwner):
         self._ioctl(name, vfio.VFIO_DEVICE_DETACH_IOMMUFD_PT, arg, device=self.dev_id)
 
     def reset(self) -> None:
-        """Reset the device's function; its DMA is over when this returns. ENOTTY: it cannot be reset."""
+        """Reset the device's function; its DMA is over when this returns. EINVAL: it cannot be reset."""
         nothing = vfio.vfio_device_info()  # the call takes no argument
         self._ioctl("VFIO_DEVICE_RESET", vfio.VFIO_DEVICE_RESET, nothing, device=self.dev_id)
 

@@ -320,11 +320,10 @@ MEANINGS: Mapping[str, Mapping[str, _Text]] = MappingProxyType(
             "ENODEV": ("the device is gone", ""),
         },
         "VFIO_DEVICE_RESET": {
-            "ENOTTY": (
-                "the device has no way to be reset alone",
-                "close the file: vfio-pci resets what it can",
+            "EINVAL": (
+                "the device has no way to be reset alone, or is not bound to an iommufd",
+                "bind it first; closing the file resets what vfio-pci can",
             ),
-            "EINVAL": ("the device is not bound to an iommufd", "bind it first"),
         },
         "VFIO_DEVICE_DETACH_IOMMUFD_PT": {
             "EOPNOTSUPP": ("the device or its driver has no PASIDs", "detach without a PASID"),

@@ -31,6 +31,9 @@ class IommufdDevice(IommufdObject):
         super().__init__(iommufd)
         self.dev = dev
         self.hwpt: HwptPaging | None = None
+        #: PASID -> HWPT. No device of this platform has PASIDs: as in Linux the attachment is noted all the
+        #: same, and hardware is not touched
+        self.pasids: dict[int, HwptPaging] = {}
         self.preserved = False
 
     @property
@@ -70,15 +73,43 @@ class IommufdDevice(IommufdObject):
 
         :raises SysError: ENOENT, EINVAL, EBUSY, what attach and fill refuse; nothing changed then.
         """
-        if self.preserved:
-            raise SysError(errno.EBUSY, f"{self.dev.name} is preserved, its attachment cannot change")
-        target = self.iommufd.find(pt_id)
+        target = self.target(pt_id)
         if isinstance(target, HwptPaging):
             self._change(target)
             return target.id
-        if isinstance(target, Ioas):
-            return self._auto_domain(target)
-        raise SysError(errno.EINVAL, f"{target.type_name} {pt_id} is neither an IOAS nor an HWPT")
+        return self._auto_domain(target)
+
+    def target(self, pt_id: int) -> HwptPaging | Ioas:
+        """What a device can be attached to. :raises SysError: ENOENT, EINVAL; EBUSY: nothing may change."""
+        if self.preserved:
+            raise SysError(errno.EBUSY, f"{self.dev.name} is preserved, its attachment cannot change")
+        target = self.iommufd.find(pt_id)
+        if not isinstance(target, HwptPaging | Ioas):
+            raise SysError(errno.EINVAL, f"{target.type_name} {pt_id} is neither an IOAS nor an HWPT")
+        return target
+
+    def attach_pasid(self, pasid: int, pt_id: int) -> int:
+        """Attach a PASID above 0 to an HWPT made for PASIDs, or move it to another; the HWPT's id.
+
+        :raises SysError: EINVAL: the HWPT, an automatic one, or that of the device itself takes no PASIDs.
+        """
+        hwpt = self.target(pt_id)
+        if not isinstance(hwpt, HwptPaging) or not hwpt.pasid_compat:
+            raise SysError(errno.EINVAL, f"{hwpt.type_name} {pt_id} was not made for PASIDs")
+        if self.hwpt is not None and not self.hwpt.pasid_compat:
+            raise SysError(errno.EINVAL, f"{self.dev.name} is on HWPT {self.hwpt.id}, not made for PASIDs")
+        hwpt.users += 1
+        self.users += 1
+        self.detach_pasid(pasid)
+        self.pasids[pasid] = hwpt
+        return hwpt.id
+
+    def detach_pasid(self, pasid: int) -> None:
+        """Take a PASID off its HWPT; nothing happens where it is on none."""
+        hwpt = self.pasids.pop(pasid, None)
+        if hwpt is not None:
+            hwpt.users -= 1
+            self.users -= 1
 
     def _change(self, hwpt: HwptPaging) -> None:
         if self.hwpt is None:
@@ -104,7 +135,11 @@ class IommufdDevice(IommufdObject):
         return hwpt.id
 
     def _check(self, hwpt: HwptPaging) -> None:
-        """:raises SysError: ENODEV: a fault queue (intel_iommu_enable_iopf: no PRI); modules refuse too."""
+        """:raises SysError: EINVAL: a PASID is attached, and the HWPT is not made for them; ENODEV: a fault
+        queue (intel_iommu_enable_iopf: no PRI); modules refuse too.
+        """
+        if self.pasids and not hwpt.pasid_compat:
+            raise SysError(errno.EINVAL, f"{self.dev.name} has PASIDs: HWPT {hwpt.id} is not made for them")
         if hwpt.fault is not None:
             raise SysError(errno.ENODEV, f"{self.dev.name} has no PRI: HWPT {hwpt.id} has a fault queue")
         for check in self.iommufd.kernel.attach_checks:
@@ -122,10 +157,10 @@ class IommufdDevice(IommufdObject):
     def attach_hwpt(self, hwpt: HwptPaging) -> None:
         """iommufd_hw_pagetable_attach for a device that is not attached."""
         kernel = self.iommufd.kernel
-        self._check(hwpt)
         self._reserve(hwpt)
         before = self.dev.domain
         try:
+            self._check(hwpt)
             self.iommu.set_domain(self.dev, hwpt.domain)
         except SysError:
             hwpt.ioas.unreserve(self)
@@ -145,12 +180,12 @@ class IommufdDevice(IommufdObject):
         if hwpt is old:
             return
         kernel = self.iommufd.kernel
-        self._check(hwpt)
         other_ioas = hwpt.ioas is not old.ioas
         if other_ioas:
             self._reserve(hwpt)
         before = self.dev.domain
         try:
+            self._check(hwpt)
             self.iommu.set_domain(self.dev, hwpt.domain)
         except SysError:
             if other_ioas:

@@ -40,6 +40,8 @@ class HwptPaging(IommufdObject):
         self.auto_domain = auto_domain
         self.devices: list[IommufdDevice] = []
         self.fault: IommufdObject | None = None
+        #: made with IOMMU_HWPT_ALLOC_PASID: a PASID may be attached to it, and beside it
+        self.pasid_compat = False
         ioas.users += 1
 
     @classmethod
@@ -67,6 +69,7 @@ class HwptPaging(IommufdObject):
         hwpt = cls(iommufd, ioas, idev.iommu.alloc_domain(), auto_domain=immediate)
         # the id is taken before anything can be given back: a replace lets the old HWPT go later
         iommufd.add(hwpt)
+        hwpt.pasid_compat = bool(flags & uapi.IOMMU_HWPT_ALLOC_PASID)
         attached = False
         try:
             if immediate:

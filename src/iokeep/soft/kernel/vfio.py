@@ -18,7 +18,7 @@ from iokeep.soft.kernel.iommufd import Iommufd
 from iokeep.soft.kernel.process import BACKING, Backing
 from iokeep.soft.kernel.syserror import SysError
 from iokeep.uapi import vfio as uapi
-from iokeep.uapi.copy_struct import copy_struct_in
+from iokeep.uapi.copy_struct import copy_struct_in, end_of
 
 if TYPE_CHECKING:
     import ctypes
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 #: VFIO_PCI_OFFSET_SHIFT: a region's index in the file offset
 OFFSET_SHIFT = 40
+#: the largest PASID that vdev->pasids, an ida, can hold
+_INT_MAX = 2**31 - 1
 #: seconds that a device may take to quiesce or reset
 RESET_TIMEOUT = 10.0
 
@@ -48,6 +50,8 @@ class VfioDeviceFile(File):
         self.dev = dev
         self.idev: IommufdDevice | None = None
         self.restored = False
+        #: attached as PASID 0, which is the device itself and yet another attachment (vdev->pasids)
+        self.as_pasid_0 = False
 
     # ---- life
 
@@ -59,7 +63,10 @@ class VfioDeviceFile(File):
         reset(self.kernel, self.dev)
         if idev is not None:
             idev.preserved = False
+            for pasid in list(idev.pasids):
+                idev.detach_pasid(pasid)
             idev.detach()
+            self.as_pasid_0 = False
             idev.unbind()
             self.idev = None
             self.kernel.vfio_bound.pop(self.dev.index, None)
@@ -104,6 +111,36 @@ class VfioDeviceFile(File):
         cmd.out_devid = self.idev.id
         call.respond(cmd)
 
+    # ---- attachment (drivers/vfio/iommufd.c)
+
+    def attach(self, idev: IommufdDevice, pt_id: int) -> int:
+        """vfio_iommufd_physical_attach_ioas: attach, or replace where this call attached before."""
+        if self.as_pasid_0:
+            idev.target(pt_id)
+            raise SysError(errno.EBUSY, f"{self.name} is attached as PASID 0")
+        return idev.attach(pt_id)
+
+    def attach_pasid(self, idev: IommufdDevice, pasid: int, pt_id: int) -> int:
+        """vfio_iommufd_physical_pasid_attach_ioas."""
+        if pasid > _INT_MAX:
+            raise SysError(errno.ENOSPC, f"PASID {pasid:#x}")
+        if pasid:
+            return idev.attach_pasid(pasid, pt_id)
+        if idev.hwpt is not None and not self.as_pasid_0:
+            idev.target(pt_id)
+            raise SysError(errno.EBUSY, f"{self.name} is attached already")
+        hwpt = idev.attach(pt_id)
+        self.as_pasid_0 = True
+        return hwpt
+
+    def detach_pasid(self, idev: IommufdDevice, pasid: int) -> None:
+        """vfio_iommufd_physical_pasid_detach_ioas: nothing happens where the PASID is not attached."""
+        if pasid:
+            idev.detach_pasid(pasid)
+        elif self.as_pasid_0:
+            idev.detach()
+            self.as_pasid_0 = False
+
     # ---- regions
 
     def _region(self, offset: int, length: int) -> int:
@@ -147,9 +184,12 @@ def _attach(file: VfioDeviceFile, call: Ioctl, idev: IommufdDevice) -> None:
     cmd = _take(uapi.vfio_device_attach_iommufd_pt, call)
     if cmd.flags & ~uapi.VFIO_DEVICE_ATTACH_PASID:
         raise SysError(errno.EINVAL, f"ATTACH flags {cmd.flags:#x}")
-    if cmd.flags & uapi.VFIO_DEVICE_ATTACH_PASID:
-        raise SysError(errno.EOPNOTSUPP, f"{file.name} has no PASIDs")
-    cmd.pt_id = idev.attach(cmd.pt_id)
+    if not cmd.flags & uapi.VFIO_DEVICE_ATTACH_PASID:
+        cmd.pt_id = file.attach(idev, cmd.pt_id)
+    elif cmd.argsz < end_of(uapi.vfio_device_attach_iommufd_pt, "pasid"):
+        raise SysError(errno.EINVAL, f"ATTACH of a PASID with argsz {cmd.argsz}")
+    else:
+        cmd.pt_id = file.attach_pasid(idev, cmd.pasid, cmd.pt_id)
     call.respond(cmd)
 
 
@@ -158,9 +198,13 @@ def _detach(file: VfioDeviceFile, call: Ioctl, idev: IommufdDevice) -> None:
     cmd = _take(uapi.vfio_device_detach_iommufd_pt, call)
     if cmd.flags & ~uapi.VFIO_DEVICE_DETACH_PASID:
         raise SysError(errno.EINVAL, f"DETACH flags {cmd.flags:#x}")
-    if cmd.flags & uapi.VFIO_DEVICE_DETACH_PASID:
-        raise SysError(errno.EOPNOTSUPP, f"{file.name} has no PASIDs")
-    idev.detach()
+    if not cmd.flags & uapi.VFIO_DEVICE_DETACH_PASID:
+        if not file.as_pasid_0:
+            idev.detach()
+    elif cmd.argsz < end_of(uapi.vfio_device_detach_iommufd_pt, "pasid"):
+        raise SysError(errno.EINVAL, f"DETACH of a PASID with argsz {cmd.argsz}")
+    else:
+        file.detach_pasid(idev, cmd.pasid)
 
 
 def _get_info(file: VfioDeviceFile, call: Ioctl, idev: IommufdDevice) -> None:
