@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iokeep.pt import kernels, sums, sweep
+from iokeep.pt import kernels, runs, sums, sweep
 from iokeep.pt.compare import clip_extents
+from iokeep.pt.diff import diff
 from iokeep.pt.digest import digest
 from iokeep.pt.extents import Extents
+from iokeep.pt.leaves import extents
 from iokeep.pt.registry import open_format
 from iokeep.pt.tables import TableMemory, descend
 from iokeep.pt.verify import verify
@@ -222,7 +224,11 @@ def test_threads(monkeypatch):
 WORDS = {
     "wrong", "want", "word", "start", "end", "at", "odd", "pa0", "pa1", "top", "total", "bad", "to", "ref",
     "same", "item", "sum_x", "sum_y", "sum_k", "sum_l", "differ", "there", "slot",
-    "stop", "begin", "f", "z", "p", "lo", "hi", "page",
+    "stop", "begin", "f", "z", "p", "lo", "hi", "page", "low", "prior", "follows", "number", "expect",
+}  # fmt: skip
+#: kernels that the test below compiles
+NAMES = {
+    "_plan", "_runs", "_mixed", "_alike", "_count", "_holed", "_pages", "_write", "_pairs",
 }  # fmt: skip
 
 
@@ -241,7 +247,9 @@ def test_no_signed_word_and_no_float(new_table):
     built.ram.store64(walk(*built.args, 0).steps[-1][1], 0)
     digest(*built.args, bytes(16), compiled=True)
     seen = set()
-    for module in (kernels, sweep, sums):
+    assert diff(*built.args, *built.args, compiled=True).equal
+    extents(*built.args, compiled=True)
+    for module in (kernels, runs, sweep, sums):
         for name, called in vars(module).items():
             kernel = getattr(called, "__wrapped__", called)
             for signature in getattr(kernel, "signatures", []):
@@ -253,7 +261,7 @@ def test_no_signed_word_and_no_float(new_table):
                     assert "float" not in str(kind), (name, variable, kind)
                     if variable.split(".")[0] in WORDS:
                         assert "uint64" in str(kind), (name, variable, kind)
-    assert config.DISABLE_JIT or seen >= {"_plan", "_runs", "_mixed", "_alike", "_count", "_holed"}
+    assert config.DISABLE_JIT or seen >= NAMES
 
 
 def test_without_a_compiler_the_same_code_runs():

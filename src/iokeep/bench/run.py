@@ -77,11 +77,14 @@ def _methods(case: Case, built: Built, peers: Peers | None, threads: int) -> tup
     elif case.job == "expect":
         methods["iokeep"] = lambda: digest_extents(e, _KEY)
     elif case.job == "extents":
-        methods["iokeep"] = lambda: extents(*args)
+        methods["iokeep"] = lambda: extents(*args, compiled=True, threads=threads)
+        methods["numpy"] = lambda: extents(*args, compiled=False)
     elif case.job == "diff":
         other = build(case, seed=1)
         methods["limit"] = _both(methods["limit"], _limit(other, descend(_memory(other), other.root_pa).row))
-        methods["iokeep"] = lambda: _must(diff(*args, other.fmt, other.ram, other.root_pa).equal)
+        both = (*args, other.fmt, other.ram, other.root_pa)
+        methods["iokeep"] = lambda: _must(diff(*both, compiled=True, threads=threads).equal)
+        methods["numpy"] = lambda: _must(diff(*both, compiled=False).equal)
         size *= 2
     elif case.job == "build":
         pages = np.unique(np.concatenate(upper.pages))

@@ -115,6 +115,16 @@ class Traits:
         return cls(iova[first], last[end], *(c[first] for c in columns[2:]))
 
 
+def item_traits(fmt: Format, items: Items) -> Traits:
+    """The traits of leaves, which are sorted."""
+    leaves = Leaves.of(fmt, items)
+    word, said = Attributes(fmt).words(items)
+    alive = (items.prot != 0).view(np.uint8)
+    keep = np.array([spec.keep_bit for spec in fmt.levels], np.uint64)
+    kept = ((items.item & keep[items.level]) != 0).view(np.uint8)
+    return Traits.join([Traits(leaves.iova, leaves.last, items.lg2, items.level, word, said, alive, kept)])
+
+
 def table_traits(fmt: Format, mem: Memory, root_pa: int, start: int = 0, last: int | None = None) -> Traits:
     """The traits of the tables that touch the IOVAs [start, last] (None = to the end of the space); what is
     absent or in a loop has none.
@@ -122,24 +132,13 @@ def table_traits(fmt: Format, mem: Memory, root_pa: int, start: int = 0, last: i
     :raises MemoryAbsent: the root is absent.
     """
     tm = TableMemory(fmt, mem)
-    attributes = Attributes(fmt)
-    keep = np.array([spec.keep_bit for spec in fmt.levels], np.uint64)
-
-    def of(items: Items) -> Traits:
-        leaves = Leaves.of(fmt, items)
-        word, said = attributes.words(items)
-        alive = (items.prot != 0).view(np.uint8)
-        kept = ((items.item & keep[items.level]) != 0).view(np.uint8)
-        one = Traits(leaves.iova, leaves.last, items.lg2, items.level, word, said, alive, kept)
-        return Traits.join([one])
-
     if start == 0 and last is None:
         upper = descend(tm, root_pa)
     else:
         upper = upper_within(tm, root_pa, start, 2**64 - 1 if last is None else last)
-    parts = [of(upper.leaves)] if len(upper.leaves) else []
+    parts = [item_traits(fmt, upper.leaves)] if len(upper.leaves) else []
     for items, _ in expand(tm, upper.base, upper.pa, upper.row, upper.prot):
-        parts.append(of(items))
+        parts.append(item_traits(fmt, items))
     return Traits.join(parts)
 
 

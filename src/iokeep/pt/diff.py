@@ -3,20 +3,38 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from iokeep.mem.memory import Memory
-from iokeep.pt.attributes import Traits, compare_tables, judged, table_traits
+from iokeep.mem.memory import I64, Memory
+from iokeep.pt.attributes import Traits, compare_tables, item_traits, judged, table_traits
 from iokeep.pt.bbm import judge
 from iokeep.pt.compare import Mismatch, Verdict
 from iokeep.pt.extents import PROT_R, PROT_W, Extents
 from iokeep.pt.formats.base import Format
 from iokeep.pt.layout import Layout, compare_layouts
-from iokeep.pt.leaves import extents
-from iokeep.pt.tables import ATTRS, REASONS, Problems
+from iokeep.pt.leaves import Leaves, by_kernels, extents, join_extents, kernels_down
+from iokeep.pt.tables import (
+    ATTRS,
+    REASONS,
+    Problems,
+    TableMemory,
+    Upper,
+    descend,
+    expand,
+    raise_unreadable,
+)
 from iokeep.pt.verify import verify
+
+if TYPE_CHECKING:
+    from iokeep.pt.runs import Runs
+
+#: state of a table that is no run (``runs.OTHER``)
+OTHER = 0
+#: so many tables are always worth the general code's look
+_LEFT = 64
 
 
 def diff(
@@ -28,6 +46,8 @@ def diff(
     root_b: int,
     *,
     limit: int = 16,
+    compiled: bool | None = None,
+    threads: int | None = None,
 ) -> Verdict:
     """Compare the table B (found) with the table A (expected); formats may differ.
 
@@ -35,10 +55,23 @@ def diff(
     nothing on either side. A bad item of A (reserved bits, attributes) is a mismatch as one of B is. Memory
     attributes are compared as far as both formats can say them (``attributes.compare_tables``).
 
+    The comparison is exact in every way: what compiled code reads as runs and pages is compared as such, not
+    by a digest; where anything differs, or is not sound, the general code has the word.
+
     :param limit: so many mismatches and layout ranges are named; all are counted.
+    :param compiled: by Numba (True), by NumPy alone (False), or by size (None). The result is the same.
+    :param threads: of the compiled code; None = as ``kernels.thread_count`` says.
     :raises MemoryAbsent, InputError: a table of A, or the root of B, is absent; or no table at all.
     """
-    expected, problems = extents(fmt_a, mem_a, root_a)
+    if compiled is not False:
+        a = _Side.of(fmt_a, mem_a, root_a, compiled)
+        raise_unreadable(fmt_a, a.upper.problems)
+        b = _Side.of(fmt_b, mem_b, root_b, compiled)
+        if by_kernels(len(a.upper.row) * fmt_a.table_bytes + len(b.upper.row) * fmt_b.table_bytes, compiled):
+            equal = _equal(a, b, limit, threads)
+            if equal is not None:
+                return equal
+    expected, problems = extents(fmt_a, mem_a, root_a, compiled=compiled, threads=threads)
     traits_a, traits_b = table_traits(fmt_a, mem_a, root_a), table_traits(fmt_b, mem_b, root_b)
     attributes = compare_tables(fmt_a, traits_a, fmt_b, traits_b)
     problems = judged(fmt_a, problems)
@@ -56,6 +89,87 @@ def diff(
     ranges, total = compare_layouts(traits_layout(traits_a), traits_layout(traits_b), limit)
     bad_items = int((problems.reason != ATTRS).sum())
     bbm = judge(fmt_a, traits_a, fmt_b, traits_b, verdict, changed, bad_items, limit)
+    return replace(verdict, layout=ranges, layout_total=total, layout_equal=total == 0, bbm=bbm)
+
+
+@dataclass(slots=True)
+class _Side:
+    """One of two tables, as far down as level 0."""
+
+    tm: TableMemory
+    upper: Upper
+
+    @classmethod
+    def of(cls, fmt: Format, mem: Memory, root_pa: int, compiled: bool | None) -> _Side:
+        tm = TableMemory(fmt, mem)
+        return cls(tm, descend(tm, root_pa, alike=kernels_down(compiled)))
+
+    def rest(self, runs: Runs, left: I64) -> tuple[Extents, Traits] | None:
+        """What the tables that are runs, those ``left`` and the leaves above say; None = some are unsound."""
+        fmt, spec, upper = self.tm.fmt, self.tm.fmt.levels[0], self.upper
+        pieces, traits = [runs.extents(spec)], [runs.traits(spec)]
+        parts = [(upper.leaves, upper.problems)]
+        tables = (upper.base[left], upper.pa[left], upper.row[left], upper.prot[left])
+        for items, problems in (*parts, *expand(self.tm, *tables)):
+            if len(problems):
+                return None
+            if len(items):
+                pieces.append(Leaves.of(fmt, items).extents())
+                traits.append(item_traits(fmt, items))
+        return join_extents([p for p in pieces if len(p)]), Traits.join([t for t in traits if len(t)])
+
+
+def _paired(a: _Side, runs_a: Runs, b: _Side, runs_b: Runs) -> tuple[I64, I64]:
+    """Positions of the tables of both sides that are no runs and map the same IOVAs."""
+    of_a, of_b = np.flatnonzero(runs_a.state == OTHER), np.flatnonzero(runs_b.state == OTHER)
+    base_a, base_b = runs_a.base[of_a], runs_b.base[of_b]
+    if np.array_equal(base_a, base_b):
+        return of_a, of_b
+    _, at_a, at_b = np.intersect1d(base_a, base_b, assume_unique=True, return_indices=True)
+    return of_a[at_a], of_b[at_b]
+
+
+def _equal(a: _Side, b: _Side, limit: int, threads: int | None) -> Verdict | None:
+    """The verdict on tables that translate the same and are sound; None = they may not be."""
+    from iokeep.pt import runs as compiled
+
+    if len(a.upper.problems) or len(b.upper.problems):
+        return None
+    fmt_a, fmt_b = a.tm.fmt, b.tm.fmt
+    if not compiled.readable(a.tm) or not compiled.readable(b.tm):
+        return None
+    runs_a, runs_b = compiled.runs_of(a.tm, a.upper, threads), compiled.runs_of(b.tm, b.upper, threads)
+    left_a, left_b = np.flatnonzero(runs_a.state == OTHER), np.flatnonzero(runs_b.state == OTHER)
+    pages = 0
+    if fmt_a == fmt_b and len(left_a) and len(left_b):
+        at_a, at_b = _paired(a, runs_a, b, runs_b)
+        if len(at_a):
+            same, pages = compiled.same_pages(a.tm, a.upper, at_a, b.tm, b.upper, at_b, threads)
+            left_a = np.setdiff1d(left_a, at_a[same], assume_unique=True)
+            left_b = np.setdiff1d(left_b, at_b[same], assume_unique=True)
+    if len(left_a) + len(left_b) > _LEFT and len(left_a) + len(left_b) > len(runs_a.base) // 8:
+        return None
+    said_a, said_b = a.rest(runs_a, left_a), b.rest(runs_b, left_b)
+    if said_a is None or said_b is None:
+        return None
+    want, found = normalised(said_a[0], fmt_b.write_only).canonical(), said_b[0]
+    if not all(np.array_equal(getattr(want, c), getattr(found, c)) for c in ("iova", "last", "pa", "prot")):
+        return None
+    attributes = compare_tables(fmt_a, said_a[1], fmt_b, said_b[1])
+    if len(attributes):
+        return None
+    verdict = Verdict(
+        equal=True,
+        mismatches=[],
+        total=0,
+        pages=(want.mapped_bytes + (pages << fmt_a.levels[0].shift)) >> 12,
+        differ={},
+        table_bytes=b.upper.visited_bytes(fmt_b),
+        attrs_compared=attributes.common.compared,
+        attrs_not_compared=attributes.common.not_compared,
+    )
+    ranges, total = compare_layouts(traits_layout(said_a[1]), traits_layout(said_b[1]), limit)
+    bbm = judge(fmt_a, said_a[1], fmt_b, said_b[1], verdict, attributes, 0, limit)
     return replace(verdict, layout=ranges, layout_total=total, layout_equal=total == 0, bbm=bbm)
 
 

@@ -39,7 +39,7 @@ from iokeep.errors import InputError
 from iokeep.mem.memory import I64, Memory
 from iokeep.pt.extents import U8, U64, Extents
 from iokeep.pt.formats.base import Format
-from iokeep.pt.leaves import Leaves
+from iokeep.pt.leaves import Leaves, kernels_down
 from iokeep.pt.tables import TableMemory, Upper, descend, expand, raise_unreadable
 
 KEY_BYTES = 16
@@ -285,12 +285,7 @@ def digest_of(
     """:func:`digest`, to go on with."""
     out = Digest(key)
     tm = TableMemory(fmt, mem)
-    fast = None
-    if compiled or (compiled is None and "iokeep.pt.kernels" in sys.modules):
-        from iokeep.pt.kernels import alike
-
-        fast = alike
-    upper = descend(tm, root_pa, alike=fast)
+    upper = descend(tm, root_pa, alike=kernels_down(compiled))
     raise_unreadable(fmt, upper.problems)
     out.add(_living(Leaves.of(fmt, upper.leaves)))
     spec = fmt.levels[0]
@@ -302,10 +297,15 @@ def digest_of(
         )
     blocks = (spec.shift, spec.index_bits) == (12, 9)
     left = np.arange(len(upper.base))
-    if compiled and blocks and tm.plain and tm.parts[0] == 1 and not spec.pa_pieces:
-        from iokeep.pt.sums import add_tables
+    if compiled and tm.plain and tm.parts[0] == 1 and not spec.pa_pieces:
+        from iokeep.pt import runs, sums
 
-        left = add_tables(out, tm, upper, threads)
+        if runs.readable(tm):  # a table that is one run costs no sum
+            found = runs.runs_of(tm, upper, threads)
+            out.add(found.extents(spec))
+            left = np.flatnonzero(found.state == runs.OTHER)
+        if blocks and len(left):
+            left = sums.add_tables(out, tm, upper, left, threads)
     elif blocks and fmt.in_words:
         _add_words(out, tm, upper)
         return out

@@ -27,8 +27,22 @@ _THREAD_BYTES = 128 << 20
 _MOST_THREADS = 4
 
 
+def _quiet(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        with np.errstate(over="ignore"):
+            return function(*args)
+
+    return call
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """njit with an on-disk cache; without one where no place for it is writable, or has room."""
+    """njit with an on-disk cache; without one where no place for it is writable, or has room.
+
+    With ``NUMBA_DISABLE_JIT=1`` the function as it is, without NumPy's warnings of what is meant: words wrap.
+    """
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") != "0":
+        return _quiet(function)
     try:
         cached: Callable[..., Any] = njit(cache=True, nogil=True)(function)
     except RuntimeError:  # "cannot cache function: no locator available"

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +12,20 @@ import numpy as np
 from iokeep.mem.memory import Memory
 from iokeep.pt.extents import U8, U64, Extents
 from iokeep.pt.formats.base import Format
-from iokeep.pt.tables import Items, Problems, TableMemory, Upper, descend, expand, raise_unreadable
+from iokeep.pt.tables import (
+    Alike,
+    Items,
+    Problems,
+    TableMemory,
+    Upper,
+    descend,
+    expand,
+    raise_unreadable,
+)
+
+#: tables from so many bytes on are read by compiled code, where it is loaded and where it is not
+COMPILED_WARM = 1 << 20
+COMPILED_COLD = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,22 +138,56 @@ def leaves(fmt: Format, mem: Memory, root_pa: int, start: int = 0, last: int | N
     return Leaves.of(fmt, leaf_items(TableMemory(fmt, mem), root_pa, start, last)[0])
 
 
-def extents(fmt: Format, mem: Memory, root_pa: int) -> tuple[Extents, Problems]:
+def by_kernels(tables: int, asked: bool | None) -> bool:
+    """Whether so many bytes of tables are read by compiled code: as asked, or (None) where that is faster."""
+    if asked is not None:
+        return asked
+    warm = "iokeep.pt.runs" in sys.modules
+    return os.environ.get("NUMBA_DISABLE_JIT", "0") == "0" and tables >= (
+        COMPILED_WARM if warm else COMPILED_COLD
+    )
+
+
+def kernels_down(asked: bool | None) -> Alike | None:
+    """The compiled way through upper tables, where it costs no start of Numba."""
+    if asked is False or (asked is None and "iokeep.pt.kernels" not in sys.modules):
+        return None
+    from iokeep.pt.kernels import alike
+
+    return alike
+
+
+def extents(
+    fmt: Format, mem: Memory, root_pa: int, *, compiled: bool | None = None, threads: int | None = None
+) -> tuple[Extents, Problems]:
     """The canonical extents of the whole table, and what is wrong in it (reserved bits, attributes).
 
-    Memory grows with the extents, not with the leaves. :raises MemoryAbsent, InputError: as :func:`leaves`.
+    Memory grows with the extents, not with the leaves.
+
+    :param compiled: by Numba (True), by NumPy alone (False), or by size (None). The result is the same.
+    :param threads: of the compiled reading; None = as ``kernels.thread_count`` says.
+    :raises MemoryAbsent, InputError: as :func:`leaves`.
     """
     tm = TableMemory(fmt, mem)
-    upper = descend(tm, root_pa)
+    upper = descend(tm, root_pa, alike=kernels_down(compiled))
     raise_unreadable(fmt, upper.problems)
     parts: list[Extents] = []
     problems = [upper.problems]
     if len(upper.leaves):
         parts.append(Leaves.of(fmt, upper.leaves).extents())
-    for found, bad in expand(tm, upper.base, upper.pa, upper.row, upper.prot):
+    tables = upper.base, upper.pa, upper.row, upper.prot
+    if len(upper.base) and by_kernels(len(upper.base) * fmt.table_bytes, compiled):
+        from iokeep.pt import runs
+
+        if runs.readable(tm):
+            most, left = runs.extents_of(tm, upper, threads)
+            parts.append(most)
+            tables = upper.base[left], upper.pa[left], upper.row[left], upper.prot[left]
+    for found, bad in expand(tm, *tables):
         parts.append(Leaves.of(fmt, found).extents())
         problems.append(bad)
-    return join_extents(parts), Problems.join(problems)
+    parts = [part for part in parts if len(part)]
+    return parts[0] if len(parts) == 1 else join_extents(parts), Problems.join(problems)
 
 
 def join_extents(parts: list[Extents]) -> Extents:

@@ -133,18 +133,17 @@ def _grants(
     return grants, coded
 
 
-def add_tables(out: Digest, tm: TableMemory, upper: Upper, threads: int | None) -> I64:
-    """Count the tables of level 0; the positions of those that are left to be counted."""
+def add_tables(out: Digest, tm: TableMemory, upper: Upper, which: I64, threads: int | None) -> I64:
+    """Count the tables of level 0 at ``which`` positions; those of them that are left to be counted."""
     items = tm.rows.data.view(np.uint64)
     k, m = (np.ascontiguousarray(lane.page) for lane in out.lanes)
     masks = _masks(tm.fmt.levels[0])
     base = tm.fmt.extend(upper.base)
-    place, rows = in_memory_order(upper.row)
+    place, rows = in_memory_order(upper.row, which)
     head, odd, x, y = (np.empty(len(rows), np.uint64) for _ in range(4))
 
     def work(a: int, b: int) -> None:
-        with np.errstate(over="ignore"):  # where nothing is compiled, NumPy would mention what is meant
-            _alike(items, rows[a:b], k, m, masks, head[a:b], odd[a:b], x[a:b], y[a:b])
+        _alike(items, rows[a:b], k, m, masks, head[a:b], odd[a:b], x[a:b], y[a:b])
 
     over_threads(work, len(rows), tm.fmt.table_bytes, threads)
     grants, coded = _grants(tm, head, upper.prot[place])
@@ -162,8 +161,7 @@ def add_tables(out: Digest, tm: TableMemory, upper: Upper, threads: int | None) 
         return place[:0]
     rows, place = rows[rest], place[rest]
     head, odd, x, y, kx, ly, pages = (np.empty(len(rows), np.uint64) for _ in range(7))
-    with np.errstate(over="ignore"):  # where nothing is compiled, NumPy would mention what is meant
-        _holed(items, rows, k, m, masks, head, odd, x, y, kx, ly, pages)
+    _holed(items, rows, k, m, masks, head, odd, x, y, kx, ly, pages)
     grants, coded = _grants(tm, head, upper.prot[place])
     whole = (odd == 0) & ~coded
     good = whole & (grants != 0)

@@ -30,13 +30,12 @@ from iokeep.pt.compare import Comparison, Found, LayoutRange, Spans, Verdict, cl
 from iokeep.pt.extents import PROT_R, PROT_W, Extents
 from iokeep.pt.formats.base import Contig, Format
 from iokeep.pt.layout import Layout, compare_layouts, table_layout
-from iokeep.pt.leaves import Leaves, upper_within
+from iokeep.pt.leaves import Leaves, kernels_down, upper_within
 from iokeep.pt.tables import (
     ABSENT,
     CHUNK,
     LOOP,
     SOFT,
-    Alike,
     Items,
     Problems,
     TableMemory,
@@ -145,15 +144,6 @@ def _compiled(tm: TableMemory, n: int, asked: bool | None) -> bool:
             COMPILED_WARM if warm else COMPILED_COLD
         )
     return asked and tm.plain and tm.parts[0] == 1 and not tm.fmt.levels[0].pa_pieces
-
-
-def _alike(asked: bool | None) -> Alike | None:
-    """The compiled way through upper tables, where it costs no start of Numba."""
-    if asked is False or (asked is None and "iokeep.pt.kernels" not in sys.modules):
-        return None
-    from iokeep.pt.kernels import alike
-
-    return alike
 
 
 def _proved(
@@ -482,7 +472,7 @@ def verify(
     tm = TableMemory(fmt, mem)
     whole, end = start == 0 and last is None, _MAX if last is None else last
     if whole:
-        upper = descend(tm, root_pa, alike=_alike(compiled))
+        upper = descend(tm, root_pa, alike=kernels_down(compiled))
     else:
         if not 0 <= start <= end <= _MAX or layout is not None:
             raise ValueError(f"[{start:#x}, {end:#x}] is no range, or has a layout to compare")

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables read as runs by compiled code: extents and diff say what NumPy says, for every format, damaged or
+not.
+"""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iokeep.errors import InputError, MemoryAbsent
+from iokeep.pt import diff as diff_module
+from iokeep.pt import runs
+from iokeep.pt.diff import diff
+from iokeep.pt.extents import Extents
+from iokeep.pt.leaves import extents
+from iokeep.pt.registry import open_format
+from iokeep.pt.tables import TableMemory, descend
+from iokeep.pt.walk import walk
+
+FORMATS = [
+    open_format("vtdss", {}),
+    open_format("x86_64", {}),
+    open_format("arm_lpae_s1", {}),
+    open_format("arm_lpae_s2", {}),
+    open_format("arm_lpae_s2", {"granule": 16384}),
+    open_format("riscv64", {}),
+    open_format("amdv1", {}),
+    open_format("arm_v7s", {}),
+]
+COLUMNS = ("iova", "last", "pa", "prot")
+
+
+def rows_of(extents_):
+    return list(zip(*(getattr(extents_, c).tolist() for c in COLUMNS), strict=True))
+
+
+@st.composite
+def layouts(draw, fmt):
+    """Whole tables in one run, runs cut anywhere, pages in any order, holes; runs that go on beyond a
+    table.
+    """
+    shift, items = fmt.levels[0].shift, fmt.levels[0].items
+    top = 1 << (min(fmt.input_lg2, 40) - 1 - shift)  # of a space that may be in two halves
+    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+    page = draw(st.sampled_from([0, items, top // 2 - 2 * items]))
+    rows = []
+    for kind in draw(
+        st.lists(st.sampled_from(["table", "pages", "some", "run", "hole", "on"]), min_size=1, max_size=6)
+    ):
+        prot = draw(st.sampled_from([3, 3, 1, 2]))
+        frame = draw(st.integers(1, 1 << 7)) * items + draw(st.sampled_from([0, 0, 1, 8]))
+        if kind == "hole":
+            page += draw(st.integers(1, 2 * items))
+            continue
+        if kind in ("table", "pages", "some"):
+            page = -(-page // items) * items
+        if kind == "table":
+            rows.append((page, items * draw(st.integers(1, 3)), frame, prot))
+        elif kind == "pages":
+            rows += [(page + n, 1, frame + to, prot) for n, to in enumerate(rng.permutation(items).tolist())]
+        elif kind == "some":
+            some = np.flatnonzero(rng.integers(0, 2, items)).tolist() or [0]
+            rows += [(page + n, 1, frame + (n if n & 4 else items - n), prot) for n in some]
+        elif kind == "on" and rows:
+            before = rows[-1]
+            rows.append((page, draw(st.sampled_from([1, items])), before[2] + before[1], before[3]))
+        else:
+            rows.append((page, draw(st.integers(1, items + 9)), frame, prot))
+        page = rows[-1][0] + rows[-1][1]
+    rows = rows or [(page, 1, 7, 3)]
+    return Extents.of([(i << shift, ((i + n) << shift) - 1, p << shift, q) for i, n, p, q in rows])
+
+
+def damage(data, built, want, where=None):
+    """Flip bits of items, or put other items there. :return: what was done, to do it elsewhere."""
+    done = []
+    item_bytes = built.fmt.item_bytes
+    for _ in range(data.draw(st.sampled_from([0, 0, 1, 2]))):
+        iova = int(want.iova[data.draw(st.integers(0, len(want) - 1))])
+        bit = data.draw(st.integers(0, 8 * item_bytes - 1))
+        done.append((iova, bit))
+    for iova, bit in done if where is None else where:
+        found = walk(*built.args, iova)
+        if not found.steps:
+            continue
+        at = found.steps[-1][1]
+        item = int.from_bytes(built.ram.read(at, item_bytes), "little") ^ 1 << bit
+        built.ram.write(at, item.to_bytes(item_bytes, "little"))
+    return done
+
+
+def outcome(job):
+    """What it returns, or what it raises."""
+    try:
+        return job()
+    except (InputError, MemoryAbsent) as error:
+        return type(error), str(error)
+
+
+@settings(max_examples=60)
+@given(data=st.data(), which=st.integers(0, len(FORMATS) - 1), seed=st.sampled_from([None, 1]))
+def test_extents(new_table, data, which, seed):
+    fmt = FORMATS[which]
+    want = data.draw(layouts(fmt))
+    built = new_table(fmt, size=1 << 20, seed=seed)
+    built.table.map(want, max_lg2=data.draw(st.sampled_from([None, fmt.levels[0].shift])))
+    damage(data, built, want)
+    said = []
+    for compiled in (False, True):
+        found = outcome(lambda c=compiled: extents(*built.args, compiled=c, threads=2))
+        if isinstance(found[0], Extents):
+            e, bad = found
+            columns = ("iova", "last", "reason", "level", "at", "item")
+            problems = sorted(zip(*(getattr(bad, c).tolist() for c in columns), strict=True))
+            found = rows_of(e), problems
+        said.append(found)
+    assert said[0] == said[1]
+
+
+@settings(max_examples=80)
+@given(data=st.data(), which=st.integers(0, len(FORMATS) - 1), seed=st.sampled_from([None, 1]))
+def test_diff(new_table, data, which, seed):
+    fmt = FORMATS[which]
+    other = fmt if data.draw(st.booleans()) else FORMATS[data.draw(st.integers(0, 3))]
+    if fmt.levels[0].shift != other.levels[0].shift:
+        other = fmt
+    want = data.draw(layouts(fmt))
+    small = fmt.levels[0].shift
+    a, b = new_table(fmt, size=1 << 20, seed=seed), new_table(other, size=1 << 20, seed=2)
+    a.table.map(want, max_lg2=data.draw(st.sampled_from([None, small, small])))
+    b.table.map(want, max_lg2=data.draw(st.sampled_from([None, small, small])))
+    done = damage(data, a, want)
+    damage(data, b, want, where=data.draw(st.sampled_from([done, None, []])))
+    args = (*a.args, *b.args)
+    said = [outcome(lambda c=c: diff(*args, compiled=c, threads=2)) for c in (False, True)]
+    assert said[0] == said[1]
+
+
+def test_equal_tables_need_no_general_code(new_table, monkeypatch):
+    """Tables of one run and tables of pages are compared by compiled code alone, exactly."""
+    fmt = FORMATS[0]
+    order = np.random.default_rng(1).permutation(1024).tolist()
+    pages = [(n << 12, (n << 12) + 0xFFF, (1 << 30) + (to << 12), 3) for n, to in enumerate(order)]
+    want = Extents.of([*pages, (1 << 30, (1 << 30) + (8 << 21) - 1, 1 << 33, 1)])
+    a, b = new_table(fmt, seed=1), new_table(fmt, seed=2)
+    for built in (a, b):
+        built.table.map(want, max_lg2=12)
+
+    def refuse(*args, **options):
+        raise AssertionError("the general code was asked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(diff_module, "extents", refuse)
+        verdict = diff(*a.args, *b.args, compiled=True)
+    assert verdict.equal
+    assert verdict.pages == want.mapped_bytes >> 12
+    assert verdict == diff(*a.args, *b.args, compiled=False)
+    # Every bit of every word counts.
+    for iova in (5 << 12, 1 << 30, (1 << 30) + (7 << 21) + (511 << 12)):
+        at = walk(*b.args, iova).steps[-1][1]
+        item = b.ram.load64(at)
+        for bit in range(64):
+            b.ram.store64(at, item ^ 1 << bit)
+            assert diff(*a.args, *b.args, compiled=True) == diff(*a.args, *b.args, compiled=False), bit
+        b.ram.store64(at, item)
+
+
+@pytest.mark.parametrize("fmt", FORMATS[:7], ids=lambda f: f.name)
+def test_what_linux_writes_is_runs_and_pages(fmt, new_table):
+    """Whole tables in one area, also in contiguous entries, and single pages are left to no one else."""
+    spec = fmt.levels[0]
+    span = spec.items << spec.shift
+    page = 1 << spec.shift
+    for first, count in ((8 * span, 3 * span), (8 * span + 16 * page, 2 * span), (8 * span + page, span)):
+        built = new_table(fmt, seed=1)
+        built.table.map(Extents.of([(4 * span, 4 * span + count - 1, first, 3)]))
+        tm = TableMemory(fmt, built.ram)
+        upper = descend(tm, built.table.root_pa)
+        said, left = runs.extents_of(tm, upper)
+        assert not len(left)
+        assert len(said) == (1 if len(upper.base) else 0)
+    built = new_table(fmt)
+    built.table.map(Extents.of([(n * page, n * page + page - 1, (n ^ 3) * page, 1) for n in range(0, 90, 2)]))
+    tm = TableMemory(fmt, built.ram)
+    said, left = runs.extents_of(tm, descend(tm, built.table.root_pa))
+    assert not len(left)
+    assert len(said) == 45
