@@ -224,7 +224,7 @@ def test_threads(monkeypatch):
 WORDS = {
     "wrong", "want", "word", "start", "end", "at", "odd", "pa0", "pa1", "top", "total", "bad", "to", "ref",
     "same", "item", "sum_x", "sum_y", "sum_k", "sum_l", "differ", "there", "slot",
-    "stop", "begin", "f", "z", "p", "lo", "hi", "page", "low", "prior", "follows", "number", "expect",
+    "stop", "begin", "f", "z", "p", "lo", "hi", "page", "group", "prior", "follows", "number", "expect",
 }  # fmt: skip
 #: kernels that the test below compiles
 NAMES = {

@@ -54,10 +54,10 @@ def _runs(items: U64, row: I64, sized: U64, masks: U64, place: I64, head: U64, s
     for t in range(len(row)):
         table = items[row[t]]
         first = table[_ZERO]
-        low = _ALL
+        group = _ALL
         for c in range(len(sized)):
             if first & sized[c, 0] == sized[c, 1]:
-                low = sized[c, 2]
+                group = sized[c, 2]
                 break
         wrong = _ZERO
         said = OTHER
@@ -71,14 +71,14 @@ def _runs(items: U64, row: I64, sized: U64, masks: U64, place: I64, head: U64, s
                     said = EMPTY
         else:
             for i in range(line):
-                wrong |= (table[i] ^ (first + (i & low) * step)) & full
+                wrong |= (table[i] ^ (first + (i & group) * step)) & full
             if wrong == _ZERO:
-                if low == _ALL:
+                if group == _ALL:
                     for i in range(size):
                         wrong |= (table[i] ^ (first + i * step)) & full
                 else:
                     for i in range(size):
-                        wrong |= (table[i] ^ (first + (i & low) * step)) & full
+                        wrong |= (table[i] ^ (first + (i & group) * step)) & full
                 if wrong == _ZERO:
                     said = RUN
         head[place[t]] = first
