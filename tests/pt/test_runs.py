@@ -80,11 +80,8 @@ def damage(data, built, want, where=None):
         iova = int(want.iova[data.draw(st.integers(0, len(want) - 1))])
         bit = data.draw(st.integers(0, 8 * item_bytes - 1))
         done.append((iova, bit))
-    for iova, bit in done if where is None else where:
-        found = walk(*built.args, iova)
-        if not found.steps:
-            continue
-        at = found.steps[-1][1]
+    flips = [(walk(*built.args, iova).steps[-1][1], bit) for iova, bit in (done if where is None else where)]
+    for at, bit in flips:
         item = int.from_bytes(built.ram.read(at, item_bytes), "little") ^ 1 << bit
         built.ram.write(at, item.to_bytes(item_bytes, "little"))
     return done
