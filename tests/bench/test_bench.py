@@ -8,19 +8,23 @@ import numpy as np
 import pytest
 
 from iokeep.bench import peers as peers_module
-from iokeep.bench.cases import FORMATS, JOBS, LAYOUTS, LEAVES, TABLES, build, cases, possible
+from iokeep.bench import policies
+from iokeep.bench import run as run_module
+from iokeep.bench.cases import FORMATS, JOBS, LAYOUTS, LEAVES, POLICIES, TABLES, build, cases, possible
 from iokeep.bench.peers import Peers, can_read, compile_peers
+from iokeep.bench.policies import StartUp
 from iokeep.bench.run import Options, run
 from iokeep.cli.main import main
 from iokeep.errors import CapabilityError
 from iokeep.pt.leaves import leaves
 from iokeep.pt.registry import open_format
+from iokeep.pt.tables import TableMemory, descend
 from iokeep.pt.verify import verify
 
 SIZE = 16 << 20
 KEYS = {
     "job", "format", "layout", "tables", "leaf", "mapped_bytes", "table_bytes", "method", "ms", "ns_per_page",
-    "share_of_limit", "gib_per_s", "s_per_16_tib", "speedup",
+    "share_of_limit", "gib_per_s", "s_per_16_tib", "speedup", "areas", "ms_least", "ms_most", "split",
 }  # fmt: skip
 
 
@@ -29,6 +33,12 @@ def c_peers():
     found = compile_peers()
     assert isinstance(found, Peers), found
     return found
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Start-up is measured with processes, some seconds each; one test does that."""
+    monkeypatch.setattr(run_module, "start_up", lambda: StartUp(1.0, 2.0, 4.0, 8.0, 16.0))
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -55,7 +65,7 @@ def test_which_cases_are_possible():
 
 
 @pytest.mark.parametrize("fmt", ["vtdss", "arm_lpae_s2"])
-def test_every_job_runs_and_is_right(fmt):
+def test_every_job_runs_and_is_right(fmt, started):
     """A method that gets it wrong raises."""
     chosen = list(cases(list(JOBS), [fmt], [], [], ["4K"], SIZE))
     body = run(chosen, Options(repeat=1))
@@ -68,6 +78,63 @@ def test_every_job_runs_and_is_right(fmt):
         assert row["mapped_bytes"] == SIZE
     methods = {r["method"] for r in rows if r["job"] == "verify"}
     assert methods == {"limit", "iokeep", "numpy", "c_walk", "c_table"}
+    for row in rows:
+        assert row["ms_least"] <= row["ms"] <= row["ms_most"]
+        assert (row["split"] is None) == (row["job"] not in POLICIES or row["method"] == "limit")
+    assert body["start_up_ms"]["compile"] == 16
+
+
+def policy_rows(fmt="vtdss", leaf="4K", layout="contiguous", size=SIZE):
+    chosen = list(cases(list(POLICIES), [fmt], [layout], ["shuffled"], [leaf], size))
+    rows = run(chosen, Options(repeat=1, peers=False))["results"]
+    return {(r["job"], r["method"]): r for r in rows}
+
+
+@pytest.mark.parametrize("leaf", ["2M", "1G", "mixed"])
+def test_policies_at_every_leaf(leaf, started):
+    rows = policy_rows("arm_lpae_s2", leaf, size=4 << 30)
+    assert {job for job, _ in rows} == set(POLICIES)
+
+
+def test_who_waits_for_what():
+    """All of a policy's work is blackout, first use or background; what is not compiled starts sooner."""
+    rows = policy_rows(layout="scattered-2m")
+    steps = {name: set(row["split"]["steps_ms"]) for name, row in rows.items() if row["split"]}
+    assert steps == {
+        ("rebuild", "warm"): {"root", "build", "compare"},
+        ("rebuild", "fresh"): {"root", "build", "compare"},
+        ("rebuild", "diff"): {"root", "build", "compare"},
+        ("adopt", "iokeep"): {"root", "validate"},
+        ("adopt", "numpy"): {"root", "validate"},
+        ("deferred-start", "plain"): {"root", "adopt"},
+        ("sealed-start", "plain"): {"root", "digest", "adopt"},
+        ("trust", "plain"): {"root"},
+    }
+    for (job, _), row in rows.items():
+        if split := row["split"]:
+            later = job in ("deferred-start", "sealed-start")
+            assert (split["first_use_ms"] is not None) == later
+            assert bool(split["background_ms"]) == later
+            assert split["blackout_ms"] == pytest.approx(sum(split["steps_ms"].values()))
+            assert row["areas"] == SIZE >> 21
+    fast, slow = rows["adopt", "iokeep"]["split"], rows["adopt", "numpy"]["split"]
+    assert fast["start_up_ms"] > slow["start_up_ms"]
+
+
+@pytest.mark.parametrize("job", [job for job in POLICIES if job != "trust"])
+def test_a_policy_that_proves_nothing_is_not_timed(job):
+    (case,) = cases([job], ["vtdss"], ["contiguous"], ["sequential"], [], SIZE)
+    built = build(case)
+    rows = descend(TableMemory(built.fmt, built.ram), built.root_pa).row
+    built.extents.pa[0] ^= np.uint64(1 << 30)
+    with pytest.raises(AssertionError, match="wrong"):
+        policies.play(case, built, rows, 1, 1)
+
+
+def test_another_seal_is_not_timed():
+    (case,) = cases(["sealed-start"], ["vtdss"], ["contiguous"], ["sequential"], [], SIZE)
+    with pytest.raises(AssertionError, match="wrong"):
+        policies._later(case, build(case), bytes(32))
 
 
 def test_peers_find_what_is_wrong(c_peers):

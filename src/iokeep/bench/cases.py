@@ -26,7 +26,14 @@ JOBS = {
     "extents": "the canonical extents of the tables",
     "diff": "two tables of the same translations, compared",
     "build": "the tables written anew into memory that is there",
+    "rebuild": "policy rebuild: new tables from the areas, compared with the prior ones",
+    "adopt": "policy adopt: the prior tables validated against the areas",
+    "deferred-start": "policy deferred: adopted at once; first use of 2 MiB, then the sweep",
+    "sealed-start": "policy sealed: the digest of the areas against the sealed one, then as deferred",
+    "trust": "policy trust: adopted without a look",
 }
+#: jobs that play a policy: their rows are split into start-up, blackout and background
+POLICIES = ("rebuild", "adopt", "deferred-start", "sealed-start", "trust")
 FORMATS = ("vtdss", "x86_64", "amdv1", "arm_lpae_s1", "arm_lpae_s2", "riscv64")
 LAYOUTS = {
     "contiguous": "one area",
@@ -135,7 +142,7 @@ def needed_bytes(case: Case) -> int:
     lg2 = LEAVES[case.leaf] or 21
     tables = (case.size >> lg2) * 8 + (4 << 20)
     columns = (case.size >> 12) * 60 if case.layout == "random-4k" else 0
-    return (2 if case.job == "diff" else 1) * tables * 5 // 4 + columns
+    return {"diff": 2, "rebuild": 3}.get(case.job, 1) * tables * 5 // 4 + columns
 
 
 def build(case: Case, seed: int = 0) -> Built:
@@ -155,6 +162,12 @@ def build(case: Case, seed: int = 0) -> Built:
     pas = (np.arange(tables, dtype=np.uint64) + np.uint64(64)) * np.uint64(fmt.table_bytes)
     if case.tables == "shuffled":
         np.random.default_rng(seed + 2).shuffle(pas)
+    table = fill(fmt, ram, pas, extents, lg2)
+    return Built(fmt, ram, table, extents, lg2)
+
+
+def fill(fmt: Format, ram: Ram, pas: U64, extents: Extents, lg2: int | None) -> Table:
+    """Write tables into ``ram``. :param pas: of the tables, in the order in which they are taken."""
     given = 0
 
     def alloc(n: int, size: int = fmt.table_bytes) -> U64:
@@ -166,7 +179,7 @@ def build(case: Case, seed: int = 0) -> Built:
 
     table = Table.create(fmt, ram, alloc, lambda gone, size=0: None)
     table.map(extents, max_lg2=lg2)
-    return Built(fmt, ram, table, extents, lg2)
+    return table
 
 
 def _table_count(fmt: Format, e: Extents, lg2: int | None) -> int:

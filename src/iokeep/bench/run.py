@@ -3,18 +3,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
-from iokeep.bench.cases import Built, Case, build
+from iokeep.bench.cases import POLICIES, Built, Case, build, needed_bytes
+from iokeep.bench.limit import Method, limit, must
 from iokeep.bench.peers import Peers, can_read, compile_peers
+from iokeep.bench.policies import Lap, StartUp, play, start_up, typical
 from iokeep.mem.memory import U64
 from iokeep.pt.build import Table
 from iokeep.pt.diff import diff, normalised
@@ -26,7 +32,6 @@ from iokeep.pt.verify import verify
 SCHEMA = "iokeep.bench-v1"
 _KEY = bytes(range(16))
 _SCALE = 16 << 40
-Method = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,42 +43,32 @@ class Options:
     peers: bool = True
 
 
-def _limit(built: Built, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Method:
-    """Read the tables of level 0 once, as fast as memory is, in the order in which they lie."""
-    words = built.ram.words.reshape(-1, built.fmt.levels[0].items)
-    if not len(rows):
-        return lambda: None
-    first, last = int(rows.min()), int(rows.max()) + 1
-    flat = words[first:last].reshape(-1)
-    return lambda: np.bitwise_or.reduce(flat)
-
-
 def _methods(case: Case, built: Built, peers: Peers | None, threads: int) -> tuple[dict[str, Method], int]:
     """Method -> what it does; and the bytes of tables that are read (or written)."""
     fmt, ram, root, e = built.fmt, built.ram, built.root_pa, built.extents
     upper = descend(TableMemory(fmt, ram), root)
     size = upper.visited_bytes(fmt)
-    methods: dict[str, Method] = {"limit": _limit(built, upper.row)}
+    methods: dict[str, Method] = {"limit": limit(built, upper.row)}
     args = (fmt, ram, root)
     if case.job == "verify":
         check = partial(verify, *args, e)
-        methods["iokeep"] = lambda: _must(check(compiled=True, threads=threads).equal)
-        methods["numpy"] = lambda: _must(check(compiled=False).equal)
+        methods["iokeep"] = lambda: must(check(compiled=True, threads=threads).equal)
+        methods["numpy"] = lambda: must(check(compiled=False).equal)
         if peers is not None:
-            methods["c_walk"] = lambda: _must(peers.walk_pages(fmt, ram, root, e) == 0)
+            methods["c_walk"] = lambda: must(peers.walk_pages(fmt, ram, root, e) == 0)
             if case.leaf == "4K" and case.layout != "random-4k":
                 order = np.argsort(upper.row)
                 rows = np.ascontiguousarray(upper.row[order])
                 words = _first_words(built, upper.base)[order]
-                methods["c_table"] = lambda: _must(peers.sweep_tables(fmt, ram, rows, words) == 0)
+                methods["c_table"] = lambda: must(peers.sweep_tables(fmt, ram, rows, words) == 0)
     elif case.job == "verify-range":
         start = int(e.iova[len(e) // 2]) & -(2 << 20)
         some = partial(verify, *args, e, start=start, last=start + (2 << 20) - 1)
-        methods["iokeep"] = lambda: _must(some().equal)
+        methods["iokeep"] = lambda: must(some().equal)
     elif case.job == "digest":
         want = digest_extents(normalised(e, fmt.write_only), _KEY)
-        methods["iokeep"] = lambda: _must(digest(*args, _KEY, compiled=True, threads=threads) == want)
-        methods["numpy"] = lambda: _must(digest(*args, _KEY, compiled=False) == want)
+        methods["iokeep"] = lambda: must(digest(*args, _KEY, compiled=True, threads=threads) == want)
+        methods["numpy"] = lambda: must(digest(*args, _KEY, compiled=False) == want)
     elif case.job == "expect":
         methods["iokeep"] = lambda: digest_extents(e, _KEY)
     elif case.job == "extents":
@@ -81,10 +76,10 @@ def _methods(case: Case, built: Built, peers: Peers | None, threads: int) -> tup
         methods["numpy"] = lambda: extents(*args, compiled=False)
     elif case.job == "diff":
         other = build(case, seed=1)
-        methods["limit"] = _both(methods["limit"], _limit(other, descend(_memory(other), other.root_pa).row))
+        methods["limit"] = _both(methods["limit"], limit(other, descend(_memory(other), other.root_pa).row))
         both = (*args, other.fmt, other.ram, other.root_pa)
-        methods["iokeep"] = lambda: _must(diff(*both, compiled=True, threads=threads).equal)
-        methods["numpy"] = lambda: _must(diff(*both, compiled=False).equal)
+        methods["iokeep"] = lambda: must(diff(*both, compiled=True, threads=threads).equal)
+        methods["numpy"] = lambda: must(diff(*both, compiled=False).equal)
         size *= 2
     elif case.job == "build":
         pages = np.unique(np.concatenate(upper.pages))
@@ -103,11 +98,6 @@ def _both(a: Method, b: Method) -> Method:
         b()
 
     return run
-
-
-def _must(right: bool) -> None:
-    if not right:
-        raise AssertionError("a method got it wrong: its time means nothing")
 
 
 def _first_words(built: Built, base: U64) -> U64:
@@ -145,7 +135,7 @@ def _build_again(built: Built, pages: U64) -> None:
 
 
 def measure(case: Case, peers: Peers | None, options: Options) -> list[dict[str, Any]]:
-    """One row for each method of a case. :raises CapabilityError: not enough memory."""
+    """One row for each method of a case that is no policy. :raises CapabilityError: not enough memory."""
     built = build(case)
     usable = peers if peers is not None and options.peers and can_read(built.fmt) else None
     methods, size = _methods(case, built, usable, options.threads)
@@ -164,29 +154,77 @@ def measure(case: Case, peers: Peers | None, options: Options) -> list[dict[str,
             method()
             times[name].append(perf_counter() - begin)
     ms = {name: float(np.median(values)) * 1e3 for name, values in times.items()}
-    mapped = built.extents.mapped_bytes
     rows = []
     for name in methods:
-        against = {peer: ms[peer] / ms[name] if peer in ms and ms[name] else None for peer in _PEERS}
-        rows.append(
-            {
-                "job": case.job,
-                "format": case.format,
-                "layout": case.layout,
-                "tables": case.tables,
-                "leaf": case.leaf,
-                "mapped_bytes": mapped,
-                "table_bytes": size,
-                "method": name,
-                "ms": ms[name],
-                "ns_per_page": ms[name] * 1e6 / (mapped >> 12),
-                "share_of_limit": ms["limit"] / ms[name] if ms[name] and case.job in _READERS else None,
-                "gib_per_s": size / ms[name] * 1e3 / (1 << 30) if ms[name] and case.job in _READERS else None,
-                "s_per_16_tib": ms[name] / 1e3 * _SCALE / mapped,
-                "speedup": against,
-            }
-        )
+        row = _row(case, built, size, name, times[name], ms["limit"] if case.job in _READERS else None)
+        for peer in _PEERS:
+            row["speedup"][peer] = ms[peer] / ms[name] if peer in ms and ms[name] else None
+        rows.append(row)
     return rows
+
+
+def _row(
+    case: Case, built: Built, size: int, method: str, times: list[float], limit_ms: float | None
+) -> dict[str, Any]:
+    """What every row says. :param times: s, of each round. :param limit_ms: None = there is none for it."""
+    mapped, ms = built.extents.mapped_bytes, float(np.median(times)) * 1e3
+    measurable = ms and limit_ms is not None
+    return {
+        "job": case.job,
+        "format": case.format,
+        "layout": case.layout,
+        "tables": case.tables,
+        "leaf": case.leaf,
+        "mapped_bytes": mapped,
+        "areas": len(built.extents),
+        "table_bytes": size,
+        "method": method,
+        "ms": ms,
+        "ms_least": min(times) * 1e3,
+        "ms_most": max(times) * 1e3,
+        "ns_per_page": ms * 1e6 / (mapped >> 12),
+        "share_of_limit": limit_ms / ms if measurable and limit_ms is not None else None,
+        "gib_per_s": size / ms * 1e3 / (1 << 30) if measurable else None,
+        "s_per_16_tib": ms / 1e3 * _SCALE / mapped,
+        "speedup": dict.fromkeys(_PEERS),
+        "split": None,
+    }
+
+
+def measure_policies(
+    group: list[Case], options: Options, starting: StartUp | None = None
+) -> list[dict[str, Any]]:
+    """One row for each method of policies on the same tables. :raises CapabilityError: not enough memory."""
+    largest = max(group, key=needed_bytes)
+    built = build(largest)
+    return [row for case in group for row in _policy(case, built, options, starting)]
+
+
+def _policy(case: Case, built: Built, options: Options, starting: StartUp | None) -> list[dict[str, Any]]:
+    upper = descend(TableMemory(built.fmt, built.ram), built.root_pa)
+    size = upper.visited_bytes(built.fmt)
+    laps = play(case, built, upper.row, options.repeat, options.threads)
+    limit_ms = float(np.median([lap.total for lap in laps["limit"]])) * 1e3
+    rows = []
+    for name, mine in laps.items():
+        row = _row(case, built, size, name, [lap.total for lap in mine], None)
+        if name != "limit":
+            row["split"] = _split(typical(mine), starting, name)
+            reads = row["split"]["background_ms"] or row["split"]["blackout_ms"]
+            if case.job != "trust" and len(upper.row):
+                row["share_of_limit"] = limit_ms / reads
+        rows.append(row)
+    return rows
+
+
+def _split(lap: Lap, starting: StartUp | None, method: str) -> dict[str, Any]:
+    return {
+        "start_up_ms": None if starting is None else starting.of(method),
+        "blackout_ms": sum(lap.blackout.values()) * 1e3,
+        "first_use_ms": None if lap.first_use is None else lap.first_use * 1e3,
+        "background_ms": lap.background * 1e3,
+        "steps_ms": {name: seconds * 1e3 for name, seconds in lap.blackout.items()},
+    }
 
 
 _PEERS = ("c_walk", "c_table", "numpy")
@@ -200,19 +238,45 @@ def run(
     """All cases; the document of ``iokeep bench run``. :param say: told each case before it runs."""
     compiled = compile_peers() if options.peers else "not asked for"
     peers = compiled if isinstance(compiled, Peers) else None
+    chosen = list(chosen)
+    starting = None
+    if any(case.job in POLICIES for case in chosen):
+        say("start-up of a process")
+        starting = start_up()
+    load = os.getloadavg()[0]
     results: list[dict[str, Any]] = []
-    for case in chosen:
-        say(case.name)
-        results += measure(case, peers, options)
+    for _, same in groupby(chosen, lambda case: (case.job in POLICIES, replace(case, job=""))):
+        group = list(same)
+        if group[0].job in POLICIES:
+            say(f"{', '.join(case.job for case in group)}: {group[0].name} {group[0].size >> 20} MiB")
+            results += measure_policies(group, options, starting)
+            continue
+        for case in group:
+            say(f"{case.name} {case.size >> 20} MiB")
+            results += measure(case, peers, options)
     return {
         "machine": {
-            "cpu": platform.processor() or platform.machine(),
+            "cpu": _cpu(),
             "cpus": len(os.sched_getaffinity(0)),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "load_before": load,
+            "load_after": os.getloadavg()[0],
             "python": platform.python_version(),
             "numpy": np.__version__,
+            "numba": version("numba"),
         },
         "repeat": options.repeat,
         "threads": options.threads,
         "peers_missing": compiled if isinstance(compiled, str) else None,
+        "start_up_ms": None if starting is None else asdict(starting),
         "results": results,
     }
+
+
+def _cpu() -> str:
+    """What /proc/cpuinfo calls it, else the architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -35,7 +35,7 @@ def add_parser(subparsers: Any) -> None:
         ("leaf", "4K (default), 2M, 1G or mixed"),
     ):
         r.add_argument(f"--{name}", action="append", default=[], metavar=name[0].upper(), help=text)
-    r.add_argument("--size", default="64G", metavar="SIZE", help="mapped bytes, 8M ... 16T (default 64G)")
+    r.add_argument("--size", action="append", metavar="SIZE", help="mapped bytes, 8M ... 16T (default 64G)")
     r.add_argument("--repeat", type=int, default=7, metavar="N", help="rounds (default 7)")
     r.add_argument("--threads", type=int, default=1, metavar="N", help="of the engine (default 1)")
     r.add_argument("--no-peers", action="store_true", help="without the peers in C")
@@ -89,7 +89,8 @@ def _run(args: argparse.Namespace) -> int:
                 raise UsageError(f"--{name} {value!r} is not known", f"one of: {', '.join(values)}")
     if not 1 <= args.repeat <= 1000 or not 1 <= args.threads <= 64:
         raise UsageError("--repeat is 1 ... 1000, --threads 1 ... 64")
-    chosen = list(cases(args.job, args.format, args.layout, args.tables, args.leaf, _size(args.size)))
+    which = (args.job, args.format, args.layout, args.tables, args.leaf)
+    chosen = [case for size in args.size or ["64G"] for case in cases(*which, _size(size))]
     if not chosen:
         raise UsageError("no such case: a scattered layout has no leaves larger than its pieces")
     progress = text.Progress(quiet=args.quiet or args.json)
@@ -113,11 +114,14 @@ def _cell(value: float | None, form: str) -> str:
 
 def _print(body: dict[str, Any]) -> None:
     before = None
+    if body["start_up_ms"]:
+        parts = ", ".join(f"{name} {ms:.0f} ms" for name, ms in body["start_up_ms"].items())
+        print(f"start-up of a process: {parts} (once per machine)")
     for row in body["results"]:
-        case = tuple(row[k] for k in ("job", "format", "layout", "tables", "leaf"))
+        case = tuple(row[k] for k in ("job", "format", "layout", "tables", "leaf", "mapped_bytes"))
         if case != before:
             before = case
-            job, fmt, layout, tables, leaf = case
+            job, fmt, layout, tables, leaf, _ = case
             size = f"{row['mapped_bytes'] / (1 << 30):.4g} GiB in {leaf} leaves"
             of = f"tables {tables}, {row['table_bytes'] / (1 << 20):.4g} MiB"
             print(f"\n{job}: {fmt}, {size}, {layout}; {of}\n{_HEAD}")
@@ -127,5 +131,12 @@ def _print(body: dict[str, Any]) -> None:
             f" {row['s_per_16_tib']:7.2f} s"
             + "".join(f" {_cell(row['speedup'][peer], '.1f'):>8}" for peer in ("c_walk", "c_table", "numpy"))
         )
+        if split := row["split"]:
+            steps = ", ".join(f"{name} {ms:.3f}" for name, ms in split["steps_ms"].items())
+            use = "" if split["first_use_ms"] is None else f"; first use {split['first_use_ms']:.3f} ms"
+            print(
+                f"{'':10}blackout {split['blackout_ms']:.3f} ms ({steps}){use};"
+                f" background {split['background_ms']:.3f} ms"
+            )
     if body["peers_missing"]:
         print(f"\nwithout the peers in C: {body['peers_missing']}")
