@@ -13,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -196,6 +197,25 @@ def test_the_socket_takes_connections_as_soon_as_it_is_there(tmp_path, monkeypat
     assert [p.name for p in tmp_path.iterdir()] == ["kernel.sock"]
     server.close()
     assert not path.exists()
+
+
+def test_a_socket_in_a_deep_directory(tmp_path):
+    """A path of more bytes than sockaddr_un has: as TMPDIR may be."""
+    deep = tmp_path / ("d" * 100) / ("e" * 100)
+    deep.mkdir(parents=True)
+    path = deep / "kernel.sock"
+    kernel = Kernel(Platform.create(16 * MIB, 1))
+    fds = len(list(Path("/proc/self/fd").iterdir()))
+    server = Server(kernel, path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client, wire.socket_address(path) as address:
+        assert len(address) < 108
+        client.connect(address)
+    assert [p.name for p in deep.iterdir()] == ["kernel.sock"]
+    server.close()
+    assert not path.exists()
+    assert len(list(Path("/proc/self/fd").iterdir())) <= fds
+    with wire.socket_address(tmp_path / "short") as address:
+        assert address == str(tmp_path / "short") or len(str(tmp_path)) > 100
 
 
 def raw_client(machine):

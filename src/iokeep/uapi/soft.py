@@ -253,7 +253,8 @@ class SoftTransport:
             self._name = f"soft:{path}"
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
-                sock.connect(str(path))
+                with wire.socket_address(Path(path)) as address:
+                    sock.connect(address)
             except OSError:
                 sock.close()
                 raise

@@ -46,8 +46,10 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -65,6 +67,8 @@ PAGE = 4096
 # One piece of a mapping's backing: target u32, reserved u32, start u64, length u64. Both are bytes in whole
 # 4 KiB pages; start is the offset in the target's memfd, which for physical memory is the pa.
 EXTENT = struct.Struct("<IIQQ")
+#: sockaddr_un.sun_path
+_SUN_PATH_BYTES = 108
 TARGET_RAM = 0
 TARGET_REGISTERS = 1
 
@@ -307,6 +311,21 @@ def check_request(frame: Frame) -> Request:
     if frame.flags or (frame.payload and call not in WITH_PAYLOAD):
         raise _garbage(f"{call.name} with flags {frame.flags:#x} and {len(frame.payload)} bytes of payload")
     return Request(call, frame.fd, frame.args, frame.payload)
+
+
+@contextmanager
+def socket_address(path: Path) -> Iterator[str]:
+    """An address for bind() and connect() to ``path``: a name of 108 bytes and more does not fit into
+    sockaddr_un (unix(7)), and is said relative to its directory.
+    """
+    if len(os.fsencode(path)) < _SUN_PATH_BYTES:
+        yield str(path)
+        return
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{directory}/{path.name}"
+    finally:
+        os.close(directory)
 
 
 class ServerConnection:

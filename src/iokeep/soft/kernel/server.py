@@ -15,7 +15,7 @@ from iokeep.soft.kernel.process import Process
 from iokeep.soft.kernel.syscalls import SysErrorWithPayload, syscall
 from iokeep.soft.kernel.syserror import SysError
 from iokeep.uapi import wire
-from iokeep.uapi.wire import Call, Request, ServerConnection
+from iokeep.uapi.wire import Call, Request, ServerConnection, socket_address
 
 if TYPE_CHECKING:
     from iokeep.soft.kernel.kernel import Kernel
@@ -42,7 +42,8 @@ class Server:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         # The name appears when connections are taken, not before: who waits for it is never refused.
         unfinished = path.with_name(f"{path.name}~")
-        self._listener.bind(str(unfinished))
+        with socket_address(unfinished) as address:
+            self._listener.bind(address)
         try:
             self._listener.listen(64)
             path.hardlink_to(unfinished)
