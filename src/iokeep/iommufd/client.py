@@ -60,7 +60,14 @@ class Mismatch:
 
         if self.reason == "digest":
             return "digest: the areas are not those whose translations were sealed"
+        if self.reason == "span":
+            return (
+                f"iova {self.iova:#x}-{self.last:#x}: span: one leaf crosses the edge of an area: "
+                "map the areas as they were mapped before the kexec, or rebuild"
+            )
         where = "" if self.level is None else f" at level {self.level}"
+        if self.expected_pa is None and self.found_pa is None:
+            return f"iova {self.iova:#x}-{self.last:#x}: {self.reason}{where}"
         expected = side(self.expected_pa, self.expected_prot)
         found = side(self.found_pa, self.found_prot)
         return f"iova {self.iova:#x}-{self.last:#x}: {self.reason}{where}: expected {expected}, found {found}"

@@ -33,7 +33,8 @@ class Mismatch:
     :param found_pa: pa it translates to, None = nothing is there (or it cannot be said). :param found_prot:
     likewise.
     :param reason: missing, extra, pa, prot; reserved (a bit that must be zero), attrs (a memory attribute),
-        contig (items of a contiguous entry that disagree), loop, absent (table memory is not there), root.
+        contig (items of a contiguous entry that disagree), loop, absent (table memory is not there), root;
+        span (a leaf crosses the edge of an area).
     :param level: level of the item found, None where nothing is. :param text: one line for people.
     :param expected_attrs: memory attributes by name, where they are what differs. :param found_attrs:
         likewise.

@@ -13,6 +13,11 @@ A piece is judged by the items that translate it, from the root down, as hardwar
 serves at two levels is therefore reported as a loop only where one piece sees it at both; seen at one level
 at a time it is proved or not by what it translates there. Where the root itself is absent, or sub-trees
 are shared without bound, nothing can be proved, and everything is quarantined.
+
+Whoever is going to change the table says which pages are his (``owned``). Then, before the first piece is
+judged, all that is above the tables of level 0 is looked through once (1/512 of the bytes where pages are
+small) for what makes a change unsafe although every translation is right (``shape``), and such ranges are
+quarantined at once: a table that is linked at two places shows in no piece alone.
 """
 
 from __future__ import annotations
@@ -29,7 +34,8 @@ from iokeep.pt.compare import Mismatch, clip_extents
 from iokeep.pt.extents import Extents
 from iokeep.pt.formats.base import Format
 from iokeep.pt.leaves import raw_ranges
-from iokeep.pt.tables import TableMemory
+from iokeep.pt.shape import unfit
+from iokeep.pt.tables import TableMemory, descend
 from iokeep.pt.verify import verify
 
 _MAX = 2**64 - 1
@@ -54,6 +60,8 @@ class Deferred:
 
     :param expect: what must be there in [start, last]: sorted, disjoint extents, which may reach beyond.
         Asked for each piece, when it is judged; what it raises goes through, and nothing has changed then.
+    :param owned: gives the pas of the 4096-byte pages that the tables may lie in, sorted; asked once. None:
+        nobody will change the table.
     :param proved: told each range that was proved, as soon as it is.
     :param condemned: told each quarantine likewise.
     """
@@ -65,6 +73,7 @@ class Deferred:
         root_pa: int,
         expect: Callable[[int, int], Extents],
         *,
+        owned: Callable[[], U64] | None = None,
         proved: Callable[[Range], None] = lambda r: None,
         condemned: Callable[[Quarantine], None] = lambda q: None,
     ) -> None:
@@ -79,6 +88,7 @@ class Deferred:
         #: bytes of tables read so far; what is read twice counts twice
         self.table_bytes = 0
         self._expect = expect
+        self._owned = owned
         self._proved = proved
         self._condemned = condemned
         self._known = RangeSet()
@@ -103,6 +113,8 @@ class Deferred:
 
     def need(self, start: int, last: int) -> list[Range]:
         """Prove what is unknown of [start, last]; the ranges in it that are quarantined (none = use it)."""
+        if self.unknown(start, last):
+            self._look_at_shape()
         for r in self.unknown(start, last):
             self._judge(r.start, r.last)
         return self.quarantined.within(start, last)
@@ -114,7 +126,7 @@ class Deferred:
 
         At least one piece is proved, so that any budget makes progress; 0 where all is known.
         """
-        read = 0
+        read = self._look_at_shape()
         while (left := self.unknown(0, _MAX)) and (not read or read < budget):
             r = left[0]
             last = min(r.last, self._reach(r.start, min(max(budget - read, 0), PIECE)))
@@ -179,6 +191,30 @@ class Deferred:
         return self._tm
 
     # ---- judging
+
+    def _look_at_shape(self) -> int:
+        """Quarantine what is unfit to be changed; once. Bytes of the tables read."""
+        if self._owned is None:
+            return 0
+        owned = self._owned()
+        try:
+            tm = self._memory()
+            upper = descend(tm, self.root_pa)
+            bad = unfit(tm, upper, owned)
+        except IokeepError:
+            self._owned = None
+            return 0  # the root: judging says why
+        self._owned = None
+        read = upper.visited_bytes(self.fmt) - len(upper.base) * self.fmt.bytes_of(0)
+        self.table_bytes += read
+        self.total += len(bad)
+        rows = bad.mismatches(min(max(NAMED - len(self.mismatches), 1), len(bad)))
+        self.mismatches += rows
+        for i, (iova, last) in enumerate(zip(bad.iova.tolist(), bad.last.tolist(), strict=True)):
+            why = rows[min(i, len(rows) - 1)]
+            for r in self.unknown(iova, last):
+                self._condemn(Quarantine(r, why))
+        return read
 
     def _judge(self, start: int, last: int) -> None:
         """Judge [start, last], all of which is unknown."""

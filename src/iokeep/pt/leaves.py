@@ -99,8 +99,12 @@ def upper_within(tm: TableMemory, root_pa: int, start: int, last: int) -> Upper:
     ]
     row = np.concatenate([np.zeros(0, np.int64), *(p.row for p in parts)])
     prot = np.concatenate([np.zeros(0, np.uint8), *(p.prot for p in parts)])
-    pages = [np.concatenate(same) for same in zip(*(p.pages for p in parts), strict=True)]
-    return Upper(leaves, columns[0], columns[1], row, prot, problems, pages)
+    pages, bases = (
+        [np.concatenate(same) for same in zip(*(getattr(p, c) for p in parts), strict=True)]
+        for c in ("pages", "bases")
+    )
+    prots = [np.concatenate(same) for same in zip(*(p.prots for p in parts), strict=True)]
+    return Upper(leaves, columns[0], columns[1], row, prot, problems, pages, bases, prots)
 
 
 def leaf_items(

@@ -52,9 +52,9 @@ from iokeep.pt.tables import (
     Problems,
     TableMemory,
     Upper,
-    _units,
     descend,
     expand,
+    units_of,
 )
 from iokeep.pt.walk import Walk
 from iokeep.pt.walk import walk as walk_stage
@@ -541,7 +541,7 @@ class Nested:
             if not len(gpas):
                 continue
             gpas = np.unique(gpas)
-            hosts, _ = self.guest.translate(_units(tm, self.fmt.top_level - n, gpas))
+            hosts, _ = self.guest.translate(units_of(tm, self.fmt.top_level - n, gpas))
             at = np.searchsorted(last, hosts)
             hit = (at < len(first)) & (first[np.minimum(at, len(first) - 1)] <= hosts + unit)
             if n == 0 and hit.any():

@@ -201,7 +201,7 @@ class Upper:
 
     ``leaves`` of levels above 0; ``base`` uint64[k] raw IOVA, ``pa`` uint64[k], ``row`` int64[k] and ``prot``
     uint8[k] (of the items above) of each visit to a table of level 0, sorted by base; ``pages`` per level,
-    the root's first, the pas of the visits.
+    the root's first, the pas of the visits, with their ``bases`` (raw IOVAs) and ``prots`` likewise.
     """
 
     leaves: Items
@@ -211,6 +211,8 @@ class Upper:
     prot: U8
     problems: Problems
     pages: list[U64]
+    bases: list[U64]
+    prots: list[U8]
 
     @property
     def visits(self) -> int:
@@ -600,8 +602,8 @@ def descend(
     waiting: list[list[tuple[int, _Below]]] = [[] for _ in fmt.levels]
     base, pa, prot = np.zeros(1, np.uint64), np.array([root_pa], np.uint64), np.full(1, 3, np.uint8)
     row: I64 = np.full(1, -1, np.int64)
-    pages = [pa]
-    seen = _units(tm, fmt.top_level, pa)
+    pages, bases, prots = [pa], [base], [prot]
+    seen = units_of(tm, fmt.top_level, pa)
     leaves: list[Items] = []
     problems: list[Problems] = []
     limit = tm.capacity + SHARED_LIMIT
@@ -624,7 +626,7 @@ def descend(
         row = tm.index(level - 1, pa)
         loop, absent = np.zeros(0, np.bool_), row < 0
         if not fresh or absent.any():
-            units = _units(tm, level - 1, pa)
+            units = units_of(tm, level - 1, pa)
             loop = _among(units, seen)
             if len(units) != len(pa):
                 loop = np.asarray(loop.reshape(len(pa), -1).any(axis=1), np.bool_)
@@ -648,15 +650,17 @@ def descend(
                 )
             )
             base, pa, prot, row = base[~bad_rows], pa[~bad_rows], prot[~bad_rows], row[~bad_rows]
-        if len(pa) > SHARED_LIMIT and len(pa) - _distinct(row) > SHARED_LIMIT:
+        if len(pa) > SHARED_LIMIT and len(pa) - distinct(row) > SHARED_LIMIT:
             raise _bomb(level, root_pa)
         pages.append(pa)
-        seen = np.union1d(seen, _units(tm, level - 1, pa)) if level > 1 else seen
+        bases.append(base)
+        prots.append(prot)
+        seen = np.union1d(seen, units_of(tm, level - 1, pa)) if level > 1 else seen
     if fmt.top_level == 0:  # a tree of one table: the root is level 0
         tm.root(root_pa)
         row = tm.index(0, pa)
     upper = Items.join(leaves, sort=len(leaves) > 1)
-    return Upper(upper, base, pa, row, prot, Problems.join(problems), pages)
+    return Upper(upper, base, pa, row, prot, Problems.join(problems), pages, bases, prots)
 
 
 def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
@@ -664,7 +668,7 @@ def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _distinct(rows: I64) -> int:
+def distinct(rows: I64) -> int:
     """Number of different rows."""
     low = int(rows.min())
     span = int(rows.max()) - low + 1
@@ -688,7 +692,7 @@ def _among(values: U64, known: U64) -> NDArray[np.bool_]:
     return out
 
 
-def _units(tm: TableMemory, level: int, pas: U64) -> U64:
+def units_of(tm: TableMemory, level: int, pas: U64) -> U64:
     """Memory that tables of a level cover, in units that no two tables share: one pa a table where all have
     one size, else so many for each.
     """

@@ -31,6 +31,7 @@ from iokeep.pt.extents import PROT_R, PROT_W, Extents
 from iokeep.pt.formats.base import Contig, Format
 from iokeep.pt.layout import Layout, compare_layouts, table_layout
 from iokeep.pt.leaves import Leaves, kernels_down, upper_within
+from iokeep.pt.shape import unfit
 from iokeep.pt.tables import (
     ABSENT,
     CHUNK,
@@ -450,6 +451,7 @@ def verify(
     start: int = 0,
     last: int | None = None,
     threads: int | None = None,
+    owned: U64 | None = None,
 ) -> Verdict:
     """Compare the table under ``root_pa`` with ``expected``, within the IOVAs [start, last].
 
@@ -466,11 +468,16 @@ def verify(
         them and not with the table: what the whole comparison says, cut to the range. Not together with
         ``layout``.
     :param threads: of the compiled sweep; None = as ``kernels.thread_count`` says.
+    :param owned: pas of 4096-byte pages, sorted: whoever has them is to change the table from here on. Where
+        all translations are equal, what makes that unsafe is a mismatch too (``shape.unfit``). Only of a
+        whole table.
     :raises MemoryAbsent: the root is absent. (Absent tables below are mismatches.)
     :raises InputError: no table at all: sub-trees are shared without bound, or ``root_pa`` is not aligned.
     """
     tm = TableMemory(fmt, mem)
     whole, end = start == 0 and last is None, _MAX if last is None else last
+    if owned is not None and not whole:
+        raise ValueError("owned goes with a whole table")
     if whole:
         upper = descend(tm, root_pa, alike=kernels_down(compiled))
     else:
@@ -515,6 +522,10 @@ def verify(
         good = good_first, good_last
         _judge_rest(tm, upper, base, todo, e, good, comparison, dead_leaves, attributes, start, end)
     mismatches = comparison.mismatches()
+    total = comparison.total
+    if not total and owned is not None:
+        traps = unfit(tm, upper, owned)
+        mismatches, total = traps.mismatches(limit), len(traps)
     ranges: list[LayoutRange] = []
     differing, cut_alike = 0, None
     if layout is not None and not bool(np.isin(upper.problems.reason, (LOOP, ABSENT)).any()):
@@ -524,9 +535,9 @@ def verify(
         layout=ranges,
         layout_total=differing,
         layout_equal=cut_alike,
-        equal=comparison.total == 0,
+        equal=total == 0,
         mismatches=mismatches,
-        total=comparison.total,
+        total=total,
         pages=(mapped - comparison.failed_bytes) >> 12,
         differ=comparison.differ(),
         table_bytes=upper.visited_bytes(fmt),

@@ -86,6 +86,10 @@ def mismatch(m: Mapping[str, Any]) -> str:
     if m["reason"] == "digest":
         return "the areas are not those whose translations were sealed (digest)"
     where = m["iova"] if m["iova"] == m["last"] else f"{m['iova']}-{m['last']}"
+    if m["reason"] == "span":
+        return f"iova {where}: one leaf crosses the edge of an area (span)"
+    if m.get("expected_pa") is None and m.get("found_pa") is None:
+        return f"iova {where}: the tables are not fit to be adopted ({m['reason']})"
     expected = side(m.get("expected_pa"), m.get("expected_prot"))
     found = side(m.get("found_pa"), m.get("found_prot"))
     return f"iova {where}: expected {expected}, found {found} ({m['reason']})"

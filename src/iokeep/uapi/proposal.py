@@ -48,6 +48,9 @@ IOMMU_MISMATCH_ABSENT = 8
 IOMMU_MISMATCH_ATTRS = 9
 IOMMU_MISMATCH_CONTIG = 10
 IOMMU_MISMATCH_DIGEST = 11
+# A leaf, or a contiguous entry, [iova, last] that crosses the edge of an area: the area cannot be unmapped
+# without it. The areas have to be mapped as they were, or a new HWPT built and COMPAREd.
+IOMMU_MISMATCH_SPAN = 12
 
 # expected_pa or found_pa where there is none; expected_prot/found_prot are 0 there.
 IOMMU_MISMATCH_NO_PA = 0xFFFFFFFFFFFFFFFF
@@ -70,6 +73,7 @@ MISMATCH_REASONS: dict[int, str] = {
     IOMMU_MISMATCH_ATTRS: "attrs",
     IOMMU_MISMATCH_CONTIG: "contig",
     IOMMU_MISMATCH_DIGEST: "digest",
+    IOMMU_MISMATCH_SPAN: "span",
 }
 
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+import numpy as np
+
 from iokeep.errors import InputError, IokeepError
 from iokeep.handover.iommu import DomainRecord
 from iokeep.pt.compare import Mismatch, Verdict
@@ -27,11 +29,12 @@ from iokeep.pt.digest import digest_extents
 from iokeep.pt.formats.base import Format
 from iokeep.pt.layout import compare_layouts, kernel_layout, table_layout
 from iokeep.pt.registry import open_format
+from iokeep.pt.shape import crossing
 from iokeep.pt.verify import verify
-from iokeep.soft.kernel.deferred import Adoption, expected_extents
+from iokeep.soft.kernel.deferred import Adoption, areas_in, expected_extents
 from iokeep.soft.kernel.device import IommufdDevice
 from iokeep.soft.kernel.files import Ioctl
-from iokeep.soft.kernel.frames import I64, Claim
+from iokeep.soft.kernel.frames import I64, Claim, pas_of
 from iokeep.soft.kernel.hwpt import HwptPaging
 from iokeep.soft.kernel.ioas import Ioas
 from iokeep.soft.kernel.iommufd import Iommufd
@@ -406,7 +409,7 @@ class Priors:
         cmd.out_hwpt_id = 0
         if not cmd.flags & uapi.IOMMU_LIVEUPDATE_ADOPT_VALIDATE_ONLY:
             name = f"prior domain {prior.record.index}"
-            adoption = Adoption(ioas, domain, name, self._ended) if later else None
+            adoption = Adoption(ioas, domain, name, prior.pfns, self._ended) if later else None
             ioas.add_domain(domain, adopted=True, proof=adoption)
             if adoption is not None:
                 self.adoptions.append(adoption)
@@ -432,15 +435,43 @@ class Priors:
         if wrong is None and cmd.flags & uapi.IOMMU_LIVEUPDATE_ADOPT_SEALED:
             wrong = self._wrong_digest(ioas, prior)
             cmd.out_pages = _totals(ioas) >> 12 if wrong is None else 0
+        capacity = min(cmd.mismatch_capacity, MAX_MISMATCHES)
+        if wrong is not None:
+            verdict = Verdict(equal=False, mismatches=[wrong], total=1)
+        else:
+            verdict = self._crossed(ioas, prior, capacity)
         cmd.out_validate_ns = time.thread_time_ns() - start
-        verdict = Verdict(
-            equal=wrong is None, mismatches=[] if wrong is None else [wrong], total=int(bool(wrong))
-        )
         pages = cmd.out_pages
         self._fill(cmd, verdict)
-        cmd.out_pages = pages
+        cmd.out_pages = pages if verdict.equal else 0
         cmd.out_layout_differences = NOT_COUNTED
-        self._refuse(cmd, call, verdict, min(cmd.mismatch_capacity, MAX_MISMATCHES), f"IOAS {ioas.id}")
+        self._refuse(cmd, call, verdict, capacity, f"IOAS {ioas.id}")
+
+    def _crossed(self, ioas: Ioas, prior: PriorDomain, limit: int) -> Verdict:
+        """Leaves of the prior table that cross an edge of an area: an unmap of that area alone could not take
+        them out (iommufd maps each area by its own). One walk for each edge.
+        """
+        edges = np.array([e for a in ioas.areas for e in (a.iova, a.last + 1)][:-1], np.uint64)
+        if ioas.areas and ioas.areas[-1].last < _MAX:
+            edges = np.append(edges, np.uint64(ioas.areas[-1].last + 1))
+        try:
+            found = crossing(prior.fmt, self.kernel.frames.ram, prior.record.root_pa, edges)
+        except IokeepError as error:
+            absent = Mismatch(0, _MAX, prior.record.root_pa, 0, None, 0, "absent", None, error.what)
+            return Verdict(equal=False, mismatches=[absent], total=1)
+        rows = []
+        for i in range(min(len(found), max(limit, 1))):
+            iova, last = int(found.iova[i]), int(found.last[i])
+            area = next(areas_in(ioas, iova, last))
+            edge = area.iova if area.iova > iova else area.last + 1
+            text = (
+                f"iova {iova:#x}-{last:#x}: span: a leaf of {last - iova + 1:#x} bytes crosses the edge of "
+                f"an area at {edge:#x}, which could not be unmapped without it: map the areas as they were "
+                "mapped before the kexec, or build a new HWPT and COMPARE it"
+            )
+            row = Mismatch(iova, last, None, 0, int(found.pa[i]), int(found.prot[i]), "span", None, text)
+            rows.append(row)
+        return Verdict(equal=not len(found), mismatches=rows, total=len(found))
 
     def _wrong_digest(self, ioas: Ioas, prior: PriorDomain) -> Mismatch | None:
         """The areas are not those whose translations the old kernel sealed. No table is read."""
@@ -467,10 +498,18 @@ class Priors:
         start = time.thread_time_ns()
         verdict = self._guarded(
             lambda: verify(
-                fmt, self.kernel.frames.ram, prior.record.root_pa, expected, limit=max(capacity, 1)
+                fmt,
+                self.kernel.frames.ram,
+                prior.record.root_pa,
+                expected,
+                limit=max(capacity, 1),
+                owned=pas_of(prior.pfns),
             ),
             prior,
         )
+        if verdict.equal:
+            crossed = self._crossed(ioas, prior, capacity)
+            verdict = verdict if crossed.equal else crossed
         cmd.out_validate_ns = time.thread_time_ns() - start
         self._fill(cmd, verdict)
         self._refuse(cmd, call, verdict, capacity, f"IOAS {ioas.id}")

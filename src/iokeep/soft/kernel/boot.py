@@ -251,6 +251,7 @@ class Carrier:
                 self.kho.part,
                 lambda: self.freeze,
             )
+            self.memfds.shown = self.iommufds.shows
             self.vfios = VfioHandler(
                 kernel, self.priors, self.iommufds, self.profile.vfio_record, flb, lambda: self.freeze
             )

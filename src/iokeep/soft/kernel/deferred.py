@@ -28,6 +28,7 @@ from iokeep.mem.ranges import Range
 from iokeep.pt.deferred import Deferred, Quarantine
 from iokeep.pt.extents import Extents
 from iokeep.soft.kernel.files import Memfd
+from iokeep.soft.kernel.frames import I64, pas_of
 from iokeep.soft.kernel.pages import ULONG_MAX, Area
 from iokeep.soft.kernel.syserror import SysError
 
@@ -76,11 +77,14 @@ class Adoption:
     """The proof of one adopted domain, under way.
 
     :param domain: its ``proof`` is this object until everything is proved or the domain is taken away.
-    :param name: for messages. :param ended: told when there is nothing left to wait for.
+    :param name: for messages. :param pfns: frames of its tables, sorted.
+    :param ended: told when there is nothing left to wait for.
     :raises SysError: EINVAL: an area does not show a memory file, whose pages could be held.
     """
 
-    def __init__(self, ioas: Ioas, domain: Domain, name: str, ended: Callable[[Adoption], None]) -> None:
+    def __init__(
+        self, ioas: Ioas, domain: Domain, name: str, pfns: I64, ended: Callable[[Adoption], None]
+    ) -> None:
         kernel = domain.iommu.kernel
         self.ioas = ioas
         self.domain = domain
@@ -103,6 +107,7 @@ class Adoption:
             kernel.frames.ram,
             domain.root_pa,
             self._expect,
+            owned=lambda: pas_of(pfns),
             proved=self._proved,
             condemned=self._condemned,
         )

@@ -475,7 +475,7 @@ class Memfd(PageFile):
 
     def _check_held(self) -> None:
         if self.holders:
-            raise SysError(errno.EBUSY, f"{self.name}: shown by an adopted IO page table that is not proved")
+            raise SysError(errno.EBUSY, f"{self.name}: unproved IO page tables show its pages to devices")
 
     def _check_fits(self, length: int) -> None:
         # The plan costs memory per page, so a size that this machine cannot hold twice over is refused.

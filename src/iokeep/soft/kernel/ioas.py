@@ -283,6 +283,12 @@ class Ioas(IommufdObject):
         if area.storage is not None and not self.disable_large_pages:
             raise SysError(errno.EINVAL, f"the area at {area.iova:#x} may be mapped with huge pages")
         self._need(area)
+        for domain in self.domains:
+            if domain.leaf_across(start):
+                raise SysError(
+                    errno.EINVAL,
+                    f"a leaf of an adopted table crosses {start:#x} in the area at {area.iova:#x}",
+                )
         self._remove(area)
         left = Area(self, area.iova, iova, area.pages, area.start_byte, area.prot)
         right = Area(self, start, area.last, area.pages.get(), rhs_byte, area.prot)

@@ -31,6 +31,7 @@ from iokeep.pt.registry import open_format
 from iokeep.pt.roots.base import RootFault, TableRoot
 from iokeep.pt.roots.find import find_root_of
 from iokeep.pt.roots.vtd import bdf_text
+from iokeep.pt.shape import crossing
 from iokeep.soft.hardware.platform import Platform
 from iokeep.soft.kernel.frames import (
     FRAME_SHIFT,
@@ -157,6 +158,11 @@ class Domain:
     def _believed(self, iova: int, last: int) -> None:
         if self.proof is not None and not self.proof.holds(iova, last):
             raise AssertionError(f"domain {self.domain_id}: {iova:#x} ... {last:#x} is used before its proof")
+
+    def leaf_across(self, iova: int) -> bool:
+        """A leaf, or a contiguous entry, begins before ``iova`` and goes on at it."""
+        cuts = np.array([iova], np.uint64)
+        return bool(len(crossing(self.fmt, self.iommu.kernel.frames.ram, self.root_pa, cuts)))
 
     # ---- what iommu_domain_ops do
 

@@ -128,7 +128,15 @@ class IommufdHandler(FileHandler):
             hwpt.domain.proof.need_all()
         expected = expected_extents(hwpt.ioas)
         try:
-            verdict = verify(hwpt.domain.fmt, self.kernel.frames.ram, hwpt.domain.root_pa, expected, limit=1)
+            domain = hwpt.domain
+            verdict = verify(
+                domain.fmt,
+                self.kernel.frames.ram,
+                domain.root_pa,
+                expected,
+                limit=1,
+                owned=domain.table_pages,
+            )
         except IokeepError as error:
             raise SysError(errno.EINVAL, f"iommufd: HWPT {hwpt.id}: {error.what}") from error
         if not verdict.equal:
@@ -188,6 +196,12 @@ class IommufdHandler(FileHandler):
     def _priors(self, entry: LuoFile) -> dict[int, PriorDomain]:
         record = self.incoming[entry.data]
         return {h.token: self.priors.domains[h.domain_index] for h in record.hwpts}
+
+    def shows(self, session: Session) -> bool:
+        """An iommufd of the session has prior domains: its tables show files of the session to devices. Which
+        ones is known when the tables are proved, not before.
+        """
+        return any(self._priors(entry) for entry in session.files if entry.handler is self)
 
     def retrieve(self, session: Session, entry: LuoFile) -> File:
         """A new iommufd that can adopt the prior domains of the old one; it has no objects yet."""

@@ -4,6 +4,10 @@
 While preserved its size and pages are frozen (EPERM for truncate, punch and growing writes), ordinary writes
 go on. Holes are filled first, every frame is pinned. A 2 MiB aligned block that is one folio is preserved as
 one block of order 9.
+
+Where a prior domain may show its pages to devices, a retrieved memfd stays held (EBUSY for truncate and
+punch) until the session is finished: nobody pins them before the areas are back. Here Linux 7.3.4 differs:
+memfd_luo_retrieve() gives out an ordinary file at once.
 """
 
 from __future__ import annotations
@@ -61,6 +65,8 @@ class IncomingMemfd:
     tag: int
     #: no longer held by the boot: retrieved or freed
     gone: bool = False
+    #: the retrieved file, as long as it must not lose a page
+    held: Memfd | None = None
 
     def claims(self) -> Iterable[Claim]:
         """The frames, while nobody has them."""
@@ -103,6 +109,8 @@ class MemfdHandler(FileHandler):
     part: Callable[[], KhoPart]
     free: Callable[[I64], None]
     incoming: dict[int, IncomingMemfd] = field(default_factory=dict)
+    #: whether a prior domain may show pages of a session's files
+    shown: Callable[[Session], bool] = field(default=lambda session: False)
     held: list[PreservedMemfd] = field(default_factory=list)
 
     compatible = MEMFD_LUO_FH_COMPATIBLE
@@ -199,11 +207,19 @@ class MemfdHandler(FileHandler):
         file.pos = record.pos
         file.seals = record.seals
         record.gone = True
+        if self.shown(session):
+            file.holders += 1
+            record.held = file
         return file
 
     def finish(self, session: Session, entry: LuoFile) -> None:
-        """memfd_luo_finish(): what nobody retrieved is freed."""
+        """memfd_luo_finish(): what nobody retrieved is freed; what was held is an ordinary file."""
         record = self.incoming.get(entry.data)
-        if record is not None and not record.gone:
+        if record is None:
+            return
+        if not record.gone:
             record.gone = True
             self.free(record.pfns)
+        if record.held is not None:
+            record.held.holders -= 1
+            record.held = None
