@@ -344,11 +344,11 @@ def test_no_other_device_gets_to_a_wrong_table(hosts):
 def test_files_keep_their_pages_until_all_is_proved(after):
     t = after.transport
     adopt(after)
+    after.session.finish()
     with fails(errno.EBUSY):
         t.fallocate(after.memfd, 3, 0, 0x10000)
     assert progress(after, sweep=True)[0] == "validated"
     t.fallocate(after.memfd, 3, 7 * MIB, 0x1000)
-    after.session.finish()
     frames(after)
     leave(after)
 
