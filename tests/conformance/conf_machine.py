@@ -23,6 +23,8 @@ from iokeep.uapi.kernel import KernelTransport
 #: lines for the end of the run
 NOTES = []
 MIB = 1 << 20
+#: names in /sys/class/iommu -> the software host's kind
+_HARDWARE = {"dmar": "vtd", "ivhd": "amd"}
 #: taint bit of a WARN (Documentation/admin-guide/tainted-kernels.rst), and of an oops
 _TAINT_WARN, _TAINT_DIE = 1 << 9, 1 << 7
 
@@ -38,20 +40,22 @@ class SoftMachine:
     """A software kernel in a thread.
 
     :ivar transport: system calls of one process. ``mock``: IOMMU_TEST_CMD is there. ``vfio``: device nodes.
-    ``luo``: /dev/liveupdate is there. ``noiommu``: IOMMU_IOAS_NOIOMMU_GET_PA is built in.
+    ``luo``: /dev/liveupdate is there. ``noiommu``: IOMMU_IOAS_NOIOMMU_GET_PA is built in. ``iommu``: kind of
+    the hardware.
     """
 
     name = "soft"
 
-    def __init__(self):
+    def __init__(self, iommu="vtd"):
         from conf_mock import install
 
         from iokeep.soft.testing import LocalHost
 
-        self.host = LocalHost(64 * MIB, 2, devices=False)
+        self.host = LocalHost(64 * MIB, 2, devices=False, iommu=iommu)
         install(self.host.kernel)
         self.transport = self.host.transport()
         self.mock = self.luo = self.noiommu = True
+        self.iommu = iommu
         self.vfio = ["/dev/vfio/devices/vfio0", "/dev/vfio/devices/vfio1"]
 
     def warnings(self):
@@ -77,6 +81,10 @@ class KernelMachine:
         for address in filter(None, os.environ.get("IOKEEP_VFIO", "").split(",")):
             set_driver(address, "vfio-pci")
         self.luo = Path("/dev/liveupdate").exists()
+        hardware = sorted(each.name for each in Path("/sys/class/iommu").glob("*"))
+        self.iommu = next(
+            (kind for each in hardware if (kind := _HARDWARE.get(each.rstrip("0123456789")))), "vtd"
+        )
         self.vfio = [str(each) for each in sorted(Path("/dev/vfio/devices").glob("vfio*"))]
         self.mock = self.noiommu = False
         fd = self.transport.open("/dev/iommu")

@@ -29,7 +29,7 @@ def other(machine):
     if machine.name == "soft":
         yield None
         return
-    beside = SoftMachine()
+    beside = SoftMachine(machine.iommu)
     yield beside
     beside.close()
 
