@@ -48,7 +48,10 @@ def manifests(draw):
             Area(at * 4096, (at + pages) * 4096 - 1, f + 1, offset * 4096, draw(st.sampled_from([1, 2, 3])))
         )
         at += pages
-    hwpts = tuple(HwptEntry(t) for t in draw(st.sets(st.integers(0, 2**64 - 1), max_size=3)))
+    hwpts = tuple(
+        HwptEntry(t, 0, draw(st.sampled_from([b"", bytes(range(48))])))
+        for t in draw(st.sets(st.integers(0, 2**64 - 1), max_size=3))
+    )
     devices = tuple(DeviceEntry(100 + i, h.token, f"vfio{i}") for i, h in enumerate(hwpts))
     return Manifest(99, entries, hwpts, devices, tuple(areas), 1, draw(st.binary(max_size=50)))
 
@@ -94,8 +97,8 @@ def test_huge_counts_are_refused_before_anything_is_allocated():
 
 def test_another_version_is_named():
     raw = bytearray(file_bytes(SMALL))
-    raw[:24] = b"iokeep-manifest-v2".ljust(24, b"\0")
-    with pytest.raises(InputError, match=r"'iokeep-manifest-v2'.*reads 'iokeep-manifest-v1'"):
+    raw[:24] = b"iokeep-manifest-v3".ljust(24, b"\0")
+    with pytest.raises(InputError, match=r"'iokeep-manifest-v3'.*reads 'iokeep-manifest-v2'"):
         load(bytes(raw))
 
 
@@ -118,6 +121,7 @@ def test_a_cut_file_is_refused():
         ({"iommufd": 1}, "used twice"),
         ({"devices": (DeviceEntry(0x20, 8, "x"),)}, "HWPT token 0x8"),
         ({"hwpts": (HwptEntry(7), HwptEntry(7))}, "same token"),
+        ({"hwpts": (HwptEntry(7, 0, b"short"),)}, "seal is not 48 bytes"),
         ({"files": (FileEntry(1, 0x40_0000, "x" * 65), FileEntry(2, 0x1000, ""))}, "longer than 64"),
     ],
 )

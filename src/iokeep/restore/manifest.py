@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The VMM's own record, ``iokeep-manifest-v1``: what it had set up, in a memfd of its own that the session
+"""The VMM's own record, ``iokeep-manifest-v2``: what it had set up, in a memfd of its own that the session
 preserves.
 
 No kernel hands a VMM its areas back (there is no ioctl that lists an IOAS), so the VMM carries them itself:
@@ -9,7 +9,7 @@ areas by file token, the tokens of files, HWPTs, iommufd and devices, and a jour
 =========  =====  ==================================================================
 offset     bytes  header (128 bytes)
 =========  =====  ==================================================================
-0          24     ``iokeep-manifest-v1``, zero-padded
+0          24     ``iokeep-manifest-v2``, zero-padded
 24         8      header length = 128
 32         8      payload length in bytes
 40         8      offset of the journal in this file, a multiple of 4096
@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 #: version string of this record; a reader that does not know it refuses
-COMPATIBLE = "iokeep-manifest-v1"
+COMPATIBLE = "iokeep-manifest-v2"
 #: well-known token of the manifest's memfd in every session ("ioKMani1" as ASCII)
 MANIFEST_TOKEN = 0x696F4B4D616E6931
 
@@ -62,11 +62,13 @@ MAX_NOTE = 1 << 16
 MAX_SLOTS = 1 << 16
 NAME_BYTES = 64
 SLOT_BYTES = 64
+#: a key of 16 bytes and a digest of 32 (:mod:`iokeep.pt.digest`)
+SEAL_BYTES = 48
 TOP = 2**64 - 1
 
 _COUNTS = struct.Struct("<QIIIIQI4x")  # iommufd token, files, IOASes, HWPTs, devices, areas, note bytes
 _FILE = struct.Struct("<QQ64s")
-_HWPT = struct.Struct("<QI4x")
+_HWPT = struct.Struct("<QI4x48s")
 _DEVICE = struct.Struct("<QQ64s")
 _AREA_BYTES = 4 * 8 + 4 + 1
 MAX_PAYLOAD = (
@@ -112,10 +114,15 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class HwptEntry:
-    """A preserved HWPT: its token within the iommufd and the index of its IOAS."""
+    """A preserved HWPT: its token within the iommufd and the index of its IOAS.
+
+    :param seal: what it translated when it was saved, as :func:`iokeep.restore.proof.seal_of` says it;
+        empty = not recorded.
+    """
 
     token: int
     ioas: int = 0
+    seal: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +180,8 @@ class Manifest:
         for h in self.hwpts:
             if not 0 <= h.ioas < self.ioases:
                 out.append(f"HWPT token {h.token:#x} names IOAS {h.ioas} of {self.ioases}")
+            if h.seal and (len(h.seal) != SEAL_BYTES or not h.seal.strip(b"\0")):
+                out.append(f"HWPT token {h.token:#x}: its seal is not {SEAL_BYTES} bytes")
         for d in self.devices:
             if d.hwpt not in hwpts:
                 out.append(
@@ -230,7 +239,7 @@ class Manifest:
             )
         ]
         parts += [_FILE.pack(f.token, f.size, f.name.encode()) for f in self.files]
-        parts += [_HWPT.pack(h.token, h.ioas) for h in self.hwpts]
+        parts += [_HWPT.pack(h.token, h.ioas, h.seal) for h in self.hwpts]
         parts += [_DEVICE.pack(d.token, d.hwpt, d.path.encode()) for d in self.devices]
         areas = sorted(self.areas, key=lambda x: (x.ioas, x.iova))
         for field in ("iova", "last", "file", "offset"):
@@ -267,7 +276,8 @@ class Manifest:
             files.append(FileEntry(token, size, _text(raw, f"file token {token:#x}")))
             at += _FILE.size
         for _ in range(n_hwpts):
-            hwpts.append(HwptEntry(*_HWPT.unpack_from(payload, at)))
+            token, ioas, raw = _HWPT.unpack_from(payload, at)
+            hwpts.append(HwptEntry(token, ioas, raw if raw.strip(b"\0") else b""))
             at += _HWPT.size
         for _ in range(n_devices):
             token, hwpt, raw = _DEVICE.unpack_from(payload, at)
@@ -277,8 +287,8 @@ class Manifest:
         for dtype, width in (("<u8", 8), ("<u8", 8), ("<u8", 8), ("<u8", 8), ("<u4", 4), ("u1", 1)):
             columns.append(np.frombuffer(payload, dtype, n_areas, at).tolist())
             at += n_areas * width
-        iova, last, file, offset, ioas, prot = columns
-        areas = tuple(map(Area, iova, last, file, offset, prot, ioas))
+        iova, last, file, offset, of, prot = columns
+        areas = tuple(map(Area, iova, last, file, offset, prot, of))
         out = cls(iommufd, tuple(files), tuple(hwpts), tuple(devices), areas, ioases, payload[at:])
         found = out.problems()
         if found:
