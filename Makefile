@@ -8,16 +8,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?= -n auto --maxprocesses 8
+VM_ARGS ?= -n 0 --timeout 1500
 # what pip does, a line a package, without where from
 PROGRESS := sed -u -n -e 's/^Collecting \([^ ]*\).*/  \1/p' -e 's/^Installing collected packages.*/  installing/p'
 PIP_FLAGS := --require-hashes --only-binary=:all: --disable-pip-version-check --no-input
 
-.PHONY: run test lint types check clean help
+.PHONY: run test test-vm lint types check clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make run    a rehearsed live update with live DMA, on this machine: no hardware, no root"
 	@echo "make test   the whole test-suite"
+	@echo "make test-vm  the same things on a real kernel, built and booted in QEMU (first build: 10 to 15 minutes)"
 	@echo "make lint   ruff and codespell      make types  mypy --strict      make check  all of it"
 	@echo "make clean  removes the environment and caches"
 
@@ -49,7 +51,11 @@ test: $(VENV)/dev.stamp
 lint: $(VENV)/dev.stamp
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/codespell README.md CHANGELOG.md CONTRIBUTING.md docs src tests
+	@$(BIN)/codespell README.md CHANGELOG.md CONTRIBUTING.md docs src tests vmtest
+
+test-vm: $(VENV)/dev.stamp
+	@$(BIN)/python -m vmtest.kernel
+	@$(BIN)/python -m pytest vmtest $(VM_ARGS)
 
 types: $(VENV)/dev.stamp
 	@$(BIN)/mypy

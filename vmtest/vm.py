@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Boot the kernel in QEMU and run one program in it, with this host's files and this Python.
+
+The guest sees the host's file system read-only under a scratch layer, and the run's directory read-write.
+Guest and host talk in lines of JSON over a virtio port; the exit status comes that way too, never from the
+console. A guest that panics, hangs or dies ends with an error that names the log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from iokeep.mem.ram import Ram
+from vmtest.apt import need
+from vmtest.kernel import QEMU, Kernel, cache
+
+ROOT = Path(__file__).parent.parent
+#: below 0xb0000000 q35 has all RAM at pa 0: offsets in the RAM file are physical addresses
+MEMORY = 2 << 30
+KEEP = 40
+_PR_SET_PDEATHSIG = 1
+_DMA_MASK = 2**64 - 1
+_COMMON = (
+    "console=ttyS0 panic=-1 oops=panic loglevel=6 kho=on liveupdate=on "
+    "iommufd.allow_unsafe_interrupts=1 "  # QEMU's AMD IOMMU remaps no interrupts
+    "root=root rootfstype=9p rootflags=trans=virtio,version=9p2000.L,msize=1048576,cache=loose ro"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """One IOMMU. ``device``: QEMU's option; ``cmdline``: the kernel's; ``format``: of its page tables."""
+
+    name: str
+    device: str
+    cmdline: str
+    format: str
+
+
+_MODES = (
+    Mode("vtd-legacy", "intel-iommu,intremap=on,aw-bits=48", "intel_iommu=on,sm_off", "vtdss"),
+    Mode(
+        "vtd-second-stage",
+        "intel-iommu,intremap=on,aw-bits=48,x-scalable-mode=on",
+        "intel_iommu=on,sm_on",
+        "vtdss",
+    ),
+    Mode(  # the properties' names have changed with QEMU's versions
+        "vtd-second-stage",
+        "intel-iommu,intremap=on,aw-bits=48,scalable-mode=on",
+        "intel_iommu=on,sm_on",
+        "vtdss",
+    ),
+    Mode(
+        "vtd-first-stage",
+        "intel-iommu,intremap=on,aw-bits=48,scalable-mode=on,fsts=on",
+        "intel_iommu=on,sm_on",
+        "x86_64",
+    ),
+    Mode(
+        "vtd-first-stage",
+        "intel-iommu,intremap=on,aw-bits=48,x-scalable-mode=on,x-flts=on",
+        "intel_iommu=on,sm_on",
+        "x86_64",
+    ),
+    Mode("amd", "amd-iommu,intremap=on", "amd_iommu=on", "amdv1"),
+)
+
+
+class GuestError(RuntimeError):
+    """The guest did not come to an end of its own: it panicked, hung, or QEMU failed."""
+
+
+@functools.cache
+def modes() -> Mapping[str, Mode]:
+    """The IOMMUs that this QEMU has."""
+    need({QEMU: "qemu-system-x86"})
+    out = {}
+    for mode in _MODES:
+        kind, *properties = mode.device.split(",")
+        found = subprocess.run([QEMU, "-device", f"{kind},help"], capture_output=True, text=True, check=False)
+        known = {line.split("=")[0].strip() for line in found.stdout.splitlines()}
+        if all(each.split("=")[0] in known for each in properties):
+            out[mode.name] = mode
+    return out
+
+
+_LIBC = ctypes.CDLL(None)
+
+
+def _die_with_parent() -> None:
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _old_runs_go(base: Path) -> None:
+    runs = sorted((each for each in base.iterdir() if each.is_dir()), key=lambda p: p.stat().st_mtime)
+    for each in runs[:-KEEP]:
+        shutil.rmtree(each, ignore_errors=True)
+
+
+@dataclass
+class Guest:
+    """A booted guest and the program in it. A context manager: leaving it ends QEMU.
+
+    :param directory: of this run: ``console.log``, ``output.log``, and what the program leaves there.
+    :param ram: its physical memory as a file.
+    """
+
+    directory: Path
+    ram: Path
+    seconds: float
+    process: subprocess.Popen[bytes]
+    channel: socket.socket
+    status: int | None = None
+    _buffer: bytes = b""
+    _deadline: float = field(default=0.0)
+
+    def __post_init__(self) -> None:
+        self._deadline = time.monotonic() + self.seconds
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.channel.close()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        with contextlib.suppress(FileNotFoundError):
+            self.ram.unlink()
+
+    def _failed(self, what: str) -> GuestError:
+        log = self.directory / "console.log"
+        lines = log.read_text(errors="replace").splitlines()[-12:] if log.exists() else []
+        return GuestError("\n".join([what, *(f"  | {line}" for line in lines), f"logs: {self.directory}"]))
+
+    def receive(self) -> dict[str, Any] | None:
+        """The next document from the guest; None when the program has ended (:attr:`status` says how)."""
+        while b"\n" not in self._buffer:
+            left = self._deadline - time.monotonic()
+            if left <= 0:
+                raise self._failed(f"no end after {self.seconds:.0f} s")
+            self.channel.settimeout(min(left, 1.0))
+            try:
+                data = self.channel.recv(1 << 16)
+            except TimeoutError:
+                continue
+            if not data:
+                self.process.wait()
+                raise self._failed(f"the guest stopped with no exit status (QEMU: {self.process.returncode})")
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        document: dict[str, Any] = json.loads(line)
+        if "exit" in document:
+            self.status = int(document["exit"])
+            return None
+        return document
+
+    def send(self, **document: object) -> None:
+        """A document for the guest."""
+        self.channel.sendall(json.dumps(document).encode() + b"\n")
+
+    def documents(self) -> Iterator[dict[str, Any]]:
+        """All documents up to the program's end."""
+        while (document := self.receive()) is not None:
+            yield document
+
+    def wait(self) -> int:
+        """The program's exit status; documents on the way are dropped."""
+        for _ in self.documents():
+            pass
+        assert self.status is not None
+        return self.status
+
+    def check(self) -> None:
+        """Wait for the end. :raises GuestError: the exit status is not 0."""
+        self.wait()
+        self.check_status()
+
+    def check_status(self) -> None:
+        """The program has ended. :raises GuestError: not with 0."""
+        if self.status:
+            log = self.directory / "output.log"
+            tail = log.read_text(errors="replace")[-6000:] if log.exists() else ""
+            raise GuestError(f"exit status {self.status}\n{tail}\nlogs: {self.directory}")
+
+    def memory(self) -> Ram:
+        """Its physical memory, while it runs."""
+        with self.ram.open("r+b") as file:
+            return Ram.shared(file.fileno())
+
+    def kernel_complaints(self) -> list[str]:
+        """Lines of the console that say that the kernel found a fault of its own."""
+        text = (self.directory / "console.log").read_text(errors="replace")
+        marks = ("WARNING:", "BUG:", "Oops", "Call Trace", "general protection", "DMAR: DRHD: handling fault")
+        return [line for line in text.splitlines() if any(mark in line for mark in marks)]
+
+
+@functools.cache
+def accelerator() -> tuple[str, ...]:
+    """QEMU's options for the CPU: KVM where a machine starts with it, else software emulation."""
+    kvm = ("-accel", "kvm", "-cpu", "max,la57=off", "-machine", "kernel-irqchip=split")
+    if os.environ.get("IOKEEP_VM_ACCEL") != "tcg" and os.access("/dev/kvm", os.R_OK | os.W_OK):
+        command = [QEMU, "-nodefaults", "-display", "none", "-machine", "q35", *kvm]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as trial:
+            try:
+                trial.wait(1.5)
+            except subprocess.TimeoutExpired:
+                trial.kill()
+                return kvm
+    return ("-accel", "tcg,thread=multi", "-cpu", "max,la57=off")
+
+
+def boot(
+    kernel: Kernel,
+    mode: Mode,
+    program: Sequence[str],
+    *,
+    name: str,
+    seconds: float = 120.0,
+    environment: Mapping[str, str] | None = None,
+    cmdline: str = "",
+) -> Guest:
+    """Boot and run ``program`` (an argument vector, run in the project's root).
+
+    :param name: of the run, for its directory. :param seconds: hard limit for all of it.
+    """
+    need({QEMU: "qemu-system-x86"})
+    runs = cache() / "runs"
+    runs.mkdir(parents=True, exist_ok=True)
+    _old_runs_go(runs)
+    directory = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=runs))
+    exports = {
+        "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+        "HOME": "/root",
+        "IOKEEP_VM_RUN": str(directory),
+        "IOKEEP_VM_KERNEL": str(kernel.path),
+        "IOKEEP_VM_MODE": mode.name,
+        **(environment or {}),
+    }
+    text = "".join(f"export {key}={shlex.quote(value)}\n" for key, value in exports.items())
+    (directory / "run").write_text(f'{text}cd {shlex.quote(str(ROOT))}\nexec {shlex.join(program)} "$@"\n')
+    line = " ".join(
+        (
+            _COMMON, mode.cmdline, cmdline, f"init={ROOT / 'vmtest/guest/init'}",
+            f"iokeep.dir={directory} iokeep.python={sys.executable} iokeep.root={ROOT}",
+        )
+    )  # fmt: skip
+    (directory / "cmdline").write_text(line + "\n")
+    ram = Path("/dev/shm") / f"iokeep-vm-{directory.name}"
+    with ram.open("wb") as file:
+        file.truncate(MEMORY)
+    listener = socket.socket(socket.AF_UNIX)
+    sockets = tempfile.mkdtemp(prefix="iokeep-vm-")  # a socket's path has 107 bytes at most
+    listener.bind(f"{sockets}/port")
+    listener.listen(1)
+    share = "security_model=none,multidevs=remap"
+    command = [
+        QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-name", name,
+        "-machine", "q35,memory-backend=ram", *accelerator(), "-smp", "2", "-m", f"{MEMORY >> 20}M",
+        "-object", f"memory-backend-file,id=ram,size={MEMORY},mem-path={ram},share=on",
+        "-device", mode.device,
+        "-kernel", str(kernel.image), "-append", line,
+        "-serial", f"file:{directory / 'console.log'}",
+        "-fsdev", f"local,id=root,path=/,readonly=on,{share}",
+        "-device", "virtio-9p-pci,fsdev=root,mount_tag=root",
+        "-fsdev", f"local,id=run,path={directory},{share}",
+        "-device", "virtio-9p-pci,fsdev=run,mount_tag=run",
+        "-chardev", f"socket,id=port,path={sockets}/port",
+        "-device", "virtio-serial-pci", "-device", "virtserialport,chardev=port,name=iokeep",
+        "-device", f"edu,addr=10.0,dma_mask={_DMA_MASK}", "-device", f"edu,addr=11.0,dma_mask={_DMA_MASK}",
+    ]  # fmt: skip
+    (directory / "qemu.sh").write_text(shlex.join(command) + "\n")
+    with (directory / "qemu.log").open("wb") as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_die_with_parent
+        )
+    listener.settimeout(10)
+    try:
+        channel, _ = listener.accept()
+    except TimeoutError:
+        process.kill()
+        ram.unlink(missing_ok=True)
+        raise GuestError(f"QEMU did not start: {(directory / 'qemu.log').read_text()}") from None
+    finally:
+        listener.close()
+        shutil.rmtree(sockets, ignore_errors=True)
+    return Guest(directory, ram, seconds, process, channel)
