@@ -103,7 +103,7 @@ def broken(**changes):
         ([], "no object"),
         ({}, "schema 'None'"),
         ({**VALID, "schema": "iokeep.gate-v2"}, "iokeep.gate-v2"),
-        ({**VALID, "nam": "x"}, "unknown key 'nam'"),
+        ({**VALID, "colour": "x"}, "unknown key 'colour'"),
         ({**VALID, "name": 7}, '"name" is missing'),
         ({**VALID, "formats": {}}, "formats is empty"),
         ({**VALID, "formats": {"vtd": {}}}, "formats.vtd: no such page-table format"),
