@@ -74,6 +74,11 @@ def test_a_mismatch_of_one_place():
         mismatch({"iova": "0x0", "last": "0x0", "reason": "root"})
         == "iova 0x0: expected nothing, found nothing (root)"
     )
+    shape = {"iova": "0x0", "last": "0x1fffff", "reason": "loop"}
+    assert mismatch(shape) == "iova 0x0-0x1fffff: the tables are not fit to be adopted (loop)"
+    assert mismatch({**shape, "reason": "span"}) == (
+        "iova 0x0-0x1fffff: one leaf crosses the edge of an area (span)"
+    )
 
 
 class Tty(io.StringIO):

@@ -88,7 +88,8 @@ def mismatch(m: Mapping[str, Any]) -> str:
     where = m["iova"] if m["iova"] == m["last"] else f"{m['iova']}-{m['last']}"
     if m["reason"] == "span":
         return f"iova {where}: one leaf crosses the edge of an area (span)"
-    if m.get("expected_pa") is None and m.get("found_pa") is None:
+    nothing = m.get("expected_pa") is None and m.get("found_pa") is None
+    if nothing and m["reason"] in ("loop", "absent", "reserved", "prot"):
         return f"iova {where}: the tables are not fit to be adopted ({m['reason']})"
     expected = side(m.get("expected_pa"), m.get("expected_prot"))
     found = side(m.get("found_pa"), m.get("found_prot"))
