@@ -142,6 +142,7 @@ def _unpack(package: Path, name: str, work: Path) -> Path:
 def build(tree: Path, done: Kernel) -> None:
     """Build an unpacked source tree into the cache. :raises Missing: it does not build; the log is kept."""
     log = cache() / "build.log"
+    log.unlink(missing_ok=True)
     jobs = f"-j{(os.cpu_count() or 1) + 1}"
     objects = tree / "iokeep-build"
     objects.mkdir(exist_ok=True)
@@ -166,6 +167,7 @@ def build(tree: Path, done: Kernel) -> None:
     shutil.copy(objects / "arch/x86/boot/bzImage", part / "bzImage")
     shutil.copy(objects / ".config", part / "config")
     shutil.copy(log, part / "build.log")
+    shutil.rmtree(done.path, ignore_errors=True)  # of a build that was cut off
     part.rename(done.path)
 
 

@@ -211,7 +211,7 @@ class Guest:
     def kernel_complaints(self) -> list[str]:
         """Lines of the console that say that the kernel found a fault of its own."""
         text = (self.directory / "console.log").read_text(errors="replace")
-        marks = ("WARNING:", "BUG:", "Oops", "Call Trace", "general protection", "DMAR: DRHD: handling fault")
+        marks = ("WARNING:", "BUG:", "Oops", "Call Trace", "general protection")
         return [line for line in text.splitlines() if any(mark in line for mark in marks)]
 
 
