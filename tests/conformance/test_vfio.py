@@ -259,7 +259,9 @@ def test_a_fault_queue_needs_pri(env):
     made = env.call(
         iommufd, "IOMMU_HWPT_ALLOC", dev_id=dev, pt_id=ioas, flags=4, fault_id=queue.out_fault_id
     ).out_hwpt_id
-    assert attach(env, fd, made) == "ENODEV"
+    # AMD's driver turns no faults on, and so has nothing to refuse
+    assert attach(env, fd, made) == (made if MACHINE.iommu == "amd" else "ENODEV")
+    assert detach(env, fd) == 0
     env.destroy(iommufd, made)
 
 
