@@ -217,7 +217,11 @@ def test_pasids(env, steps, answers):
     fd, iommufd, dev = bound(env)
     ioas = env.ioas(iommufd)
     names = {"ioas": ioas, "absent": ABSENT, "device": dev}
-    names["own"] = env.hwpt(iommufd, dev, ioas, uapi.IOMMU_HWPT_ALLOC_PASID)
+    made = outcome(env.hwpt, iommufd, dev, ioas, uapi.IOMMU_HWPT_ALLOC_PASID)
+    if MACHINE.iommu == "amd":  # its driver makes such an HWPT only for a device that has PASIDs
+        assert made == "EOPNOTSUPP"
+        return
+    names["own"] = made
     names["plain"] = env.hwpt(iommufd, dev, ioas)
     got = []
     for what, pasid in steps:
