@@ -8,7 +8,6 @@ console. A guest that panics, hangs or dies ends with an error that names the lo
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import json
@@ -120,11 +119,11 @@ class Guest:
     """A booted guest and the program in it. A context manager: leaving it ends QEMU.
 
     :param directory: of this run: ``console.log``, ``output.log``, and what the program leaves there.
-    :param ram: its physical memory as a file.
+    :param ram: its physical memory, a memfd.
     """
 
     directory: Path
-    ram: Path
+    ram: int
     seconds: float
     process: subprocess.Popen[bytes]
     channel: socket.socket
@@ -145,8 +144,7 @@ class Guest:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
-        with contextlib.suppress(FileNotFoundError):
-            self.ram.unlink()
+        os.close(self.ram)
 
     def _failed(self, what: str) -> GuestError:
         log = self.directory / "console.log"
@@ -205,8 +203,7 @@ class Guest:
 
     def memory(self) -> Ram:
         """Its physical memory, while it runs."""
-        with self.ram.open("r+b") as file:
-            return Ram.shared(file.fileno())
+        return Ram.shared(self.ram)
 
     def kernel_complaints(self) -> list[str]:
         """Lines of the console that say that the kernel found a fault of its own."""
@@ -268,9 +265,8 @@ def boot(
         )
     )  # fmt: skip
     (directory / "cmdline").write_text(line + "\n")
-    ram = Path("/dev/shm") / f"iokeep-vm-{directory.name}"
-    with ram.open("wb") as file:
-        file.truncate(MEMORY)
+    ram = os.memfd_create(f"iokeep-vm-{directory.name}")
+    os.ftruncate(ram, MEMORY)
     listener = socket.socket(socket.AF_UNIX)
     sockets = tempfile.mkdtemp(prefix="iokeep-vm-")  # a socket's path has 107 bytes at most
     listener.bind(f"{sockets}/port")
@@ -279,7 +275,7 @@ def boot(
     command = [
         QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-name", name,
         "-machine", "q35,memory-backend=ram", *accelerator(), "-smp", "2", "-m", f"{MEMORY >> 20}M",
-        "-object", f"memory-backend-file,id=ram,size={MEMORY},mem-path={ram},share=on",
+        "-object", f"memory-backend-file,id=ram,size={MEMORY},mem-path=/proc/self/fd/{ram},share=on",
         "-device", mode.device,
         "-kernel", str(kernel.image), "-append", line,
         "-serial", f"file:{directory / 'console.log'}",
@@ -294,14 +290,19 @@ def boot(
     (directory / "qemu.sh").write_text(shlex.join(command) + "\n")
     with (directory / "qemu.log").open("wb") as log:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_die_with_parent
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=(ram,),
+            preexec_fn=_die_with_parent,
         )
     listener.settimeout(10)
     try:
         channel, _ = listener.accept()
     except TimeoutError:
         process.kill()
-        ram.unlink(missing_ok=True)
+        os.close(ram)
         raise GuestError(f"QEMU did not start: {(directory / 'qemu.log').read_text()}") from None
     finally:
         listener.close()
