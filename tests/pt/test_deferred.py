@@ -103,8 +103,9 @@ def test_the_same_as_a_whole_verify(new_table, fmt, rows, small, faults, replay,
             a = rng.randrange((top >> 12) + 1) << 12
             b = rng.choice([a + 0xFFF, a + 0x1FFFFF, a + (1 << 30) - 1, ALL - base])
             found = state.need(base + a, base + b)
+            hit = any(r.overlaps(Range(base + a, base + b)) for r in bad)
             if not any(m.reason == "loop" for m in verdict.mismatches):
-                assert bool(found) == any(r.overlaps(Range(base + a, base + b)) for r in bad)
+                assert bool(found) == hit if verdict.total <= NAMED else bool(found) >= hit
     assert list(proved) == list(state.validated)
     assert merge([q.range for q in condemned]) == list(state.quarantined)
     assert not any(state.validated.touches(*r) for r in state.quarantined)
@@ -112,6 +113,8 @@ def test_the_same_as_a_whole_verify(new_table, fmt, rows, small, faults, replay,
     assert state.sound == (not condemned)
     if any(m.reason == "loop" for m in verdict.mismatches):
         assert verdict.total  # a page at two levels: each piece is judged by what it translates
+    elif verdict.total > NAMED:  # too many to be told apart (s390: zeroes are valid): the rest of a piece goes too
+        assert not any(state.validated.touches(*r) for r in bad)
     else:
         assert list(state.quarantined) == bad
 
