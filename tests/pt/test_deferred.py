@@ -113,7 +113,8 @@ def test_the_same_as_a_whole_verify(new_table, fmt, rows, small, faults, replay,
     assert state.sound == (not condemned)
     if any(m.reason == "loop" for m in verdict.mismatches):
         assert verdict.total  # a page at two levels: each piece is judged by what it translates
-    elif verdict.total > NAMED:  # too many to be told apart (s390: zeroes are valid): the rest of a piece goes too
+    elif verdict.total > NAMED:
+        # Too many to be told apart (s390: zeroes are valid): the rest of a piece is quarantined with them.
         assert not any(state.validated.touches(*r) for r in bad)
     else:
         assert list(state.quarantined) == bad
