@@ -397,6 +397,15 @@ def test_the_contiguous_hint(fmt):
             verdict = verify(fmt, tree.memory, root, want)
             assert rows(extents(fmt, tree.memory, root)[0]) == rows(want)
             assert {m.reason for m in verdict.mismatches} == {"contig"}
+            # One that says everything that the others say, but is not valid: hardware may take it from them.
+            tree.store(at, (tree.load(at) | contig.mask) & ~spec.valid_mask)
+            page = 1 << spec.shift
+            want = Extents.of(
+                [(first, first + page - 1, 0, 3), (first + 2 * page, first + size - 1, 2 * page, 3)]
+            )
+            assert rows(extents(fmt, tree.memory, root)[0]) == rows(want)
+            verdict = verify(fmt, tree.memory, root, want)
+            assert {m.reason for m in verdict.mismatches} == {"contig"}
 
 
 @pytest.mark.parametrize("bit", range(64))

@@ -310,7 +310,9 @@ def _marked(
     for c in spec.contig:
         if c.replicated or spec.pa_pieces:
             continue
+        # Hardware may take a whole run from any item of it: one that is not valid tears it, whatever it says.
         part = (items & np.uint64(c.mask)) == np.uint64(c.value)
+        part &= (items & np.uint64(spec.valid_mask)) != 0
         if not part.any():
             continue
         shape = (len(row), spec.items >> c.lg2, 1 << c.lg2)
