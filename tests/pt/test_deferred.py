@@ -2,6 +2,8 @@
 """Deferred proof: the verdict of a whole verify, whatever is needed in which order, at a bounded cost."""
 
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -74,9 +76,10 @@ def layouts(draw):
     small=st.booleans(),
     faults=st.integers(0, 3),
     replay=st.booleans(),
+    compiled=st.booleans(),
     order=st.integers(0, 1 << 30),
 )
-def test_the_same_as_a_whole_verify(new_table, fmt, rows, small, faults, replay, order):
+def test_the_same_as_a_whole_verify(new_table, fmt, rows, small, faults, replay, compiled, order):
     rng = random.Random(order)
     base = base_of(fmt)
     want = Extents.of(shifted(rows, base))
@@ -94,7 +97,7 @@ def test_the_same_as_a_whole_verify(new_table, fmt, rows, small, faults, replay,
         want = Extents.of(wrong) if wrong else Extents.empty()
     bad, verdict = differing(fmt, built, want)
     proved, condemned = RangeSet(), []
-    state = of(built, want, proved=lambda r: proved.add(*r), condemned=condemned.append)
+    state = of(built, want, compiled=compiled, proved=lambda r: proved.add(*r), condemned=condemned.append)
     top = rows[-1][1] + (1 << 22)
     while not state.done:
         if rng.random() < 0.5:
@@ -149,6 +152,134 @@ def test_starts_with_nothing_and_proves_what_is_needed(fmt, new_table):
     assert state.sound
     assert pieces > 8  # a small budget: many small pieces
     assert state.sweep(1 << 20) == 0
+
+
+class Owner:
+    """Changes a table as iommufd does: only what is proved, and what is expected with it."""
+
+    def __init__(self, built, rows, **kw):
+        self.built, self.rows = built, list(rows)
+        built.table.map(Extents.of(rows), max_lg2=12)
+        self.state = Deferred(*built.args, self.expect, **kw)
+
+    def expect(self, start, last):
+        return Extents.of(self.rows) if self.rows else Extents.empty()
+
+    def unmap(self, row):
+        """As ``IOAS_UNMAP`` of an area. :return: whether it was sound."""
+        if self.state.need(row[0], row[1]):
+            return False
+        self.built.table.unmap(row[0], row[1])
+        self.rows.remove(row)
+        return True
+
+    def map(self, row):
+        """As ``IOAS_MAP`` into a hole; ``expect`` does not know it before it is there."""
+        if self.state.need(row[0], row[1]):
+            return False
+        self.built.table.map(Extents.of([row]), max_lg2=12)
+        self.rows.append(row)
+        return True
+
+
+@settings(max_examples=100)
+@given(
+    fmt=st.sampled_from(FORMATS),
+    rows=layouts(),
+    compiled=st.booleans(),
+    bad=st.booleans(),
+    order=st.integers(0, 1 << 30),
+)
+def test_the_table_changes_while_it_is_swept(new_table, fmt, rows, compiled, bad, order):
+    """In the midst of a block too: whatever is changed was proved, and all that is left is found."""
+    rng = random.Random(order)
+    base = base_of(fmt)
+    built = new_table(fmt, size=4 << 20, seed=1)
+    owner = Owner(built, shifted([(*row[:3], row[3] | 1) for row in rows], base), compiled=compiled)
+    state, broken = owner.state, []
+    if bad:
+        row = rng.choice(owner.rows)
+        iova = row[0] + (rng.randrange(((row[1] - row[0]) >> 12) + 1) << 12)
+        level, at, _ = walk(*built.args, iova).steps[-1]
+        word = fmt.levels[level].pa_word(1 << 33)
+        built.ram.write(at, (built.ram.load64(at) ^ word).to_bytes(8, "little"))
+        broken = [Range(iova, iova + 0xFFF)]
+    while not state.done:
+        step = rng.random()
+        if step < 0.7:
+            state.sweep(rng.choice([1, 4096, 1 << 15]))
+        elif step < 0.85 and owner.rows:
+            row = rng.choice(owner.rows)
+            hit = any(r.overlaps(Range(row[0], row[1])) for r in broken)
+            assert owner.unmap(row) == (not hit)
+        else:
+            iova = base + (rng.randrange(1 << 20) << 12)
+            row = (iova, iova + (rng.choice([1, 3, 600]) << 12) - 1, rng.randrange(1 << 18) << 12, 3)
+            if not any(a <= row[1] and row[0] <= b for a, b, _, _ in owner.rows):
+                assert owner.map(row)
+    assert list(state.quarantined) == broken
+    assert differing(fmt, built, owner.expect(0, ALL))[0] == broken
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_tick_costs_no_more_than_its_tables(compiled, new_table):
+    """What is expected is asked, and the upper tables are read, once for many ticks."""
+    fmt = FORMATS[1]
+    want = Extents.of([(0, (2 << 30) - 1, 0, 3)])
+    built = new_table(fmt, size=8 << 20, seed=1)
+    built.table.map(want, max_lg2=12)
+    asked = []
+
+    def expect(start, last):
+        asked.append((start, last))
+        return want
+
+    state = Deferred(*built.args, expect, compiled=compiled)
+    ticks = 0
+    while read := state.sweep(16384):
+        assert read <= 2 * 16384
+        ticks += 1
+    assert state.sound
+    assert ticks > 256
+    assert len(asked) < 16
+    size = verify(*built.args, want).table_bytes
+    assert state.table_bytes < size * 1.1
+
+
+def test_where_each_page_is_expected_apart_less_is_looked_up_ahead(new_table):
+    fmt = FORMATS[1]
+    pages = np.arange(1 << 18, dtype=np.uint64) << np.uint64(12)
+    prot = np.full(len(pages), 3, np.uint8)
+    want = Extents(pages, pages + np.uint64(0xFFF), pages[::-1].copy(), prot)
+    built = new_table(fmt, size=4 << 20)
+    built.table.map(want, max_lg2=12)
+    asked = []
+
+    def expect(start, last):
+        lo, hi = start >> 12, min((last >> 12) + 1, 1 << 18)
+        asked.append(max(hi - lo, 0))
+        return Extents(want.iova[lo:hi], want.last[lo:hi], want.pa[lo:hi], want.prot[lo:hi])
+
+    state = Deferred(*built.args, expect)
+    while state.sweep(1 << 16):
+        pass
+    assert state.sound
+    assert max(asked) <= 1 << 17
+
+
+def test_a_sweep_does_not_start_numba():
+    code = (
+        "import sys\n"
+        "from iokeep.bench.cases import Case, build\n"
+        "from iokeep.pt.deferred import Deferred\n"
+        "b = build(Case('adopt', 'vtdss', 'contiguous', 'shuffled', '4K', 1 << 28))\n"
+        "state = Deferred(b.fmt, b.ram, b.root_pa, lambda start, last: b.extents)\n"
+        "while state.sweep(1 << 16):\n    pass\n"
+        "assert state.sound\n"
+        "assert state.need(0, 1 << 20) == []\n"
+        "sys.exit('numba' in sys.modules)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @every
@@ -265,4 +396,9 @@ def test_range_set(steps, at):
     outside = {v for r in kept.outside(at, at + 5) for v in range(r.start, r.last + 1)}
     assert outside == set(range(at, at + 6)) - inside
     assert kept.touches(at, at + 5) == bool(inside)
+    gap = kept.first_outside(at)
+    start = next(v for v in range(at, 200) if v not in model)
+    assert gap == Range(start, min((v for v in model if v > start), default=ALL + 1) - 1)
     assert bool(kept) == bool(model)
+    kept.add(at, ALL)
+    assert kept.first_outside(at) is None

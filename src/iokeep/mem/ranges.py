@@ -119,6 +119,16 @@ class RangeSet:
             out.append(Range(start, last))
         return out
 
+    def first_outside(self, start: int = 0) -> Range | None:
+        """The first whole gap of 64-bit values at or after ``start``; None where all are in the set."""
+        at = bisect_left(self._lasts, start)
+        if at < len(self._starts) and self._starts[at] <= start:
+            start = self._lasts[at] + 1
+            at += 1
+        if start >= 1 << 64:
+            return None
+        return Range(start, self._starts[at] - 1 if at < len(self._starts) else 2**64 - 1)
+
     def touches(self, start: int, last: int) -> bool:
         """Whether any of [start, last] is in the set."""
         a, b = self._touching(start, last)

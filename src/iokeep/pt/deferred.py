@@ -7,7 +7,10 @@ extra is there); :meth:`Deferred.sweep` goes through the rest, so many bytes of 
 then *proved*, or *quarantined*: exactly the IOVAs where the table is not what is expected, as ``verify``
 names them (for a bad item of an upper level: all that it spans of the range that was asked for). A range is
 judged once. Whoever changes the table within proved ranges changes the expectation with it, and they stay
-proved; a quarantined range must be left alone.
+proved; a quarantined range must be left alone, and so must what is unknown.
+
+The sweep goes in blocks (``block``): the way to the tables of a block and what they must hold is looked up
+once, and then a tick costs little more than to read its tables.
 
 A piece is judged by the items that translate it, from the root down, as hardware reads them. A page that
 serves at two levels is therefore reported as a loop only where one piece sees it at both; seen at one level
@@ -22,6 +25,8 @@ quarantined at once: a table that is linked at two places shows in no piece alon
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,13 +35,14 @@ import numpy as np
 from iokeep.errors import IokeepError
 from iokeep.mem.memory import U64, Memory
 from iokeep.mem.ranges import Range, RangeSet
+from iokeep.pt.block import Block
 from iokeep.pt.compare import Mismatch, clip_extents
 from iokeep.pt.extents import Extents
 from iokeep.pt.formats.base import Format
-from iokeep.pt.leaves import raw_ranges
+from iokeep.pt.leaves import kernels_down, raw_ranges
 from iokeep.pt.shape import unfit
 from iokeep.pt.tables import TableMemory, descend
-from iokeep.pt.verify import verify
+from iokeep.pt.verify import merged, verify
 
 _MAX = 2**64 - 1
 #: mismatches that are told apart in one piece; where there are more, the rest of the piece is quarantined
@@ -45,6 +51,10 @@ NAMED = 256
 _HUGE = 1 << 49
 #: bytes of tables that one piece of a sweep reads at most, whatever the budget
 PIECE = 64 << 20
+#: a block of the sweep is looked up for so many times the budget: its upper tables are half a budget then
+_AHEAD = 256
+#: and for less where it is expected in more extents than this
+_EXTENTS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +69,12 @@ class Deferred:
     """A table under proof.
 
     :param expect: what must be there in [start, last]: sorted, disjoint extents, which may reach beyond.
-        Asked for each piece, when it is judged; what it raises goes through, and nothing has changed then.
+        Asked for a piece when it is judged, or by the sweep some time before: it must not change where
+        nothing is known yet. What it raises goes through, and nothing has changed then.
     :param owned: gives the pas of the 4096-byte pages that the tables may lie in, sorted; asked once. None:
         nobody will change the table.
+    :param compiled: by Numba (True), by NumPy alone (False), or (None) as is faster: a range that is needed
+        by the rule of ``verify``; the sweep by Numba where that is loaded, which it never does itself.
     :param proved: told each range that was proved, as soon as it is.
     :param condemned: told each quarantine likewise.
     """
@@ -74,6 +87,7 @@ class Deferred:
         expect: Callable[[int, int], Extents],
         *,
         owned: Callable[[], U64] | None = None,
+        compiled: bool | None = None,
         proved: Callable[[Range], None] = lambda r: None,
         condemned: Callable[[Quarantine], None] = lambda q: None,
     ) -> None:
@@ -89,18 +103,21 @@ class Deferred:
         self.table_bytes = 0
         self._expect = expect
         self._owned = owned
+        self._compiled = compiled
         self._proved = proved
         self._condemned = condemned
         self._known = RangeSet()
         self._tm: TableMemory | None = None
         self._bounds: list[int] = []
+        self._block: Block | None = None
+        self._ahead = 1
 
     # ---- asking
 
     @property
     def done(self) -> bool:
         """Nothing is unknown any more."""
-        return not self.unknown(0, _MAX)
+        return self._known.first_outside() is None
 
     @property
     def sound(self) -> bool:
@@ -124,16 +141,73 @@ class Deferred:
     def sweep(self, budget: int) -> int:
         """Prove unknown ranges, lowest first, until about ``budget`` bytes of tables were read; how many.
 
-        At least one piece is proved, so that any budget makes progress; 0 where all is known.
+        Goes on by a step at least, so that any budget makes progress; 0 where all is known.
         """
         read = self._look_at_shape()
-        while (left := self.unknown(0, _MAX)) and (not read or read < budget):
-            r = left[0]
-            last = min(r.last, self._reach(r.start, min(max(budget - read, 0), PIECE)))
-            before = self.table_bytes
-            self._judge(r.start, last)
-            read += max(self.table_bytes - before, 1)
+        if self.done:
+            self._block = None
+        while (not read or read < budget) and (self._block is not None or not self.done):
+            read += max(self._step(budget, max(budget - read, 0)), 1)
         return read
+
+    def _step(self, budget: int, left: int) -> int:
+        """One step of the sweep, of about ``left`` bytes of tables; the bytes read."""
+        block, before = self._block, self.table_bytes
+        if block is None:
+            self._begin(budget)
+        elif block.left:
+            self._compare(block, max(left // self.fmt.table_bytes, 1))
+        else:
+            self._block = None
+            known = self._known.within(block.start, block.last)
+            if known != [Range(block.start, block.last)]:
+                self._settle(*block.rest(known, NAMED), block.start, block.last)
+        return self.table_bytes - before
+
+    def _begin(self, budget: int) -> None:
+        """Look up the next block: so large that it is worth it, so small that it costs about a tick."""
+        gap = self._known.first_outside()
+        if gap is None:
+            return
+        start, tm = gap.start, self._memory()
+        last = self.unknown(start, self._reach(start, min(budget * self._ahead, PIECE)))[-1].last
+        want = clip_extents(self._expect(start, last), start, last)
+        try:
+            known = self._known.within(start, last)
+            self._block = Block(tm, self.root_pa, start, last, want, known, compiled=self._by_kernels())
+        except IokeepError:  # less of it may be sound
+            self._judge(start, min(gap.last, self._reach(start, min(budget, PIECE))))
+            return
+        self.table_bytes += self._block.upper_bytes
+        if len(want) <= _EXTENTS // 2:
+            self._ahead = min(self._ahead * 2, _AHEAD)
+        elif len(want) > _EXTENTS:
+            self._ahead = max(self._ahead // 2, 1)
+
+    def _by_kernels(self) -> bool:
+        """Whether a block is compared by compiled code. No step of the sweep waits until Numba is up."""
+        if self._compiled is None:
+            return "iokeep.pt.sweep" in sys.modules and os.environ.get("NUMBA_DISABLE_JIT", "0") == "0"
+        return self._compiled
+
+    def _compare(self, block: Block, n: int) -> None:
+        """Prove the next tables of a block, or judge where they are something else."""
+        base, same = block.compare(n)
+        self.table_bytes += len(base) * self.fmt.table_bytes
+        first, last = int(base[0]), int(base[-1]) + block.span - 1
+        if same.all() and last - first + 1 == len(base) * block.span:
+            for r in self.unknown(first, last):
+                self._prove(r)
+            return
+        if not same.all():
+            wrong = np.flatnonzero(~same)
+            first, end = int(wrong[0]), int(wrong[-1])
+            for r in self.unknown(int(base[first]), int(base[end]) + block.span - 1):
+                self._judge(*r)
+            same[first : end + 1] = False
+        for at, last in zip(*(c.tolist() for c in merged(base[same], block.span)), strict=True):
+            for r in self.unknown(at, last):
+                self._prove(r)
 
     def _reach(self, start: int, budget: int) -> int:
         """Last IOVA of a piece that begins at ``start`` and reads about ``budget`` bytes at most."""
@@ -199,7 +273,7 @@ class Deferred:
         owned = self._owned()
         try:
             tm = self._memory()
-            upper = descend(tm, self.root_pa)
+            upper = descend(tm, self.root_pa, alike=kernels_down(self._compiled))
             bad = unfit(tm, upper, owned)
         except IokeepError:
             self._owned = None
@@ -220,9 +294,8 @@ class Deferred:
         """Judge [start, last], all of which is unknown."""
         want = clip_extents(self._expect(start, last), start, last)
         try:
-            verdict = verify(
-                self.fmt, self.mem, self.root_pa, want, limit=NAMED, start=start, last=last, compiled=False
-            )
+            args = self.fmt, self.mem, self.root_pa, want
+            verdict = verify(*args, limit=NAMED, start=start, last=last, compiled=self._compiled)
         except IokeepError as error:
             why = Mismatch(0, _MAX, self.root_pa, None, None, None, "absent", None, error.what)
             self.total += 1
@@ -230,8 +303,11 @@ class Deferred:
             for r in self.unknown(0, _MAX):
                 self._condemn(Quarantine(r, why))
             return
-        found, total = verdict.mismatches, verdict.total
         self.table_bytes += verdict.table_bytes
+        self._settle(verdict.mismatches, verdict.total, start, last)
+
+    def _settle(self, found: list[Mismatch], total: int, start: int, last: int) -> None:
+        """What is unknown of [start, last] is proved, but for the mismatches: the first of ``total``."""
         self.total += total
         self.mismatches += found[: max(NAMED - len(self.mismatches), 0)]
         at = start
@@ -239,12 +315,13 @@ class Deferred:
             a, b = max(m.iova, start), min(m.last, last)
             if m is found[-1] and total > len(found):
                 b = last
-            if at < a:
-                self._prove(Range(at, a - 1))
-            self._condemn(Quarantine(Range(a, b), m))
+            for r in self.unknown(at, a - 1):
+                self._prove(r)
+            for r in self.unknown(a, b):
+                self._condemn(Quarantine(r, m))
             at = b + 1
-        if at <= last:
-            self._prove(Range(at, last))
+        for r in self.unknown(at, last):
+            self._prove(r)
 
     def _prove(self, r: Range) -> None:
         self._known.add(*r)

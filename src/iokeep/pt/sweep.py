@@ -281,62 +281,104 @@ def hint_bits(spec: LevelSpec) -> tuple[int, int, int]:
     return only.mask, (1 << (spec.shift + only.lg2)) - (1 << spec.shift), agree
 
 
+class Plan:
+    """What each table of level 0 must hold, found once.
+
+    :param base: IOVA of each table, increasing. :param e: the expectation, not checked yet.
+    """
+
+    def __init__(self, tm: TableMemory, upper: Upper, base: U64, e: Extents) -> None:
+        spec = tm.fmt.levels[0]
+        n = len(base)
+        self._items = tm.rows.data.view(np.uint64)
+        small = (1 << spec.shift) - 1
+        outside = ~spec.leaf_pa(_MAX) & _MAX & ~small
+        bits = [value | spec.leaf_base for value in spec.prot_bits]
+        self.row, self.base, self.e = upper.row, base, e
+        self.first, self.after = np.empty(n, np.int64), np.empty(n, np.int64)
+        self.kind, self.word = np.empty(n, np.uint8), np.empty(n, np.uint64)
+        self.counts = np.zeros(4, np.int64)
+        span = (spec.items << spec.shift) - 1
+        _plan(
+            base, upper.prot, np.uint64(span), e.iova, e.last, e.pa, e.prot, np.array(bits, np.uint64),
+            np.uint64(small), np.uint64(outside), np.uint64(spec.shift), np.uint64(spec.pa_shift),
+            self.first, self.after, self.kind, self.word, self.counts,
+        )  # fmt: skip
+        care = ~spec.leaf_ignored & _MAX
+        step = (1 << spec.shift) >> spec.pa_shift
+        self._run = [np.uint64(value) for value in (step, care, spec.valid_mask, *hint_bits(spec))]
+        self._perm = np.array([bits[1] ^ bits[2] ^ bits[3], bits[3] ^ bits[2], bits[3] ^ bits[1]], np.uint64)
+        self._masks = np.array(
+            [spec.shift, step, care, spec.valid_mask, small, outside, spec.pa_shift], np.uint64
+        )
+
+    def runs(self, rows: I64, kinds: U8, words: U64, place: I64, out: U8) -> None:
+        """Prove tables of kind 0 and 1; see :func:`_runs`."""
+        _runs(self._items, rows, kinds, words, *self._run, place, out)
+
+    def mixed(self, rows: I64, bases: U64, firsts: I64, afters: I64, place: I64, out: U8) -> U64:
+        """Prove tables of kind 2. :return: the sums of :func:`_mixed`."""
+        sums, e = np.zeros(2, np.uint64), self.e
+        _mixed(
+            self._items, rows, bases, firsts, afters, e.iova, e.last, e.pa, e.prot,
+            self._perm, self._masks, place, out, sums,
+        )  # fmt: skip
+        return sums
+
+    def part(self, lo: int, hi: int) -> NDArray[np.bool_]:
+        """Which of the tables lo ... hi - 1 hold exactly what is expected, in the order of their IOVAs.
+
+        :raises ValueError: the expectation is not sorted and disjoint there, or a prot is beyond rw.
+        """
+        here, out = slice(lo, hi), np.zeros(hi - lo, np.uint8)
+        kind = self.kind[here]
+        if not (self.counts[2] or self.counts[3]):
+            self.runs(self.row[here], kind, self.word[here], np.arange(hi - lo), out)
+            return out.view(np.bool_)
+        plain, mixed = np.flatnonzero(kind <= 1), np.flatnonzero(kind == 2)
+        if len(plain):
+            at = plain + lo
+            self.runs(self.row[at], kind[plain], self.word[at], plain, out)
+        if len(mixed):
+            at = mixed + lo
+            sums = self.mixed(self.row[at], self.base[at], self.first[at], self.after[at], mixed, out)
+            if int(sums[1]):
+                raise unsorted()
+        return out.view(np.bool_)
+
+
 def proved(tm: TableMemory, upper: Upper, base: U64, e: Extents, threads: int | None = None) -> Swept:
     """Which tables of level 0 hold exactly what is expected.
 
     :param base: IOVA of each table, increasing. :param e: the expectation, not checked yet.
     :raises ValueError: it is not sorted and disjoint, or a prot is beyond rw.
     """
-    spec = tm.fmt.levels[0]
-    n = len(base)
-    items = tm.rows.data.view(np.uint64)
-    small = (1 << spec.shift) - 1
-    outside = ~spec.leaf_pa(_MAX) & _MAX & ~small
-    bits = [value | spec.leaf_base for value in spec.prot_bits]
-    first, after = np.empty(n, np.int64), np.empty(n, np.int64)
-    kind, word = np.empty(n, np.uint8), np.empty(n, np.uint64)
-    counts = np.zeros(4, np.int64)
-    span = (spec.items << spec.shift) - 1
-    _plan(
-        base, upper.prot, np.uint64(span), e.iova, e.last, e.pa, e.prot, np.array(bits, np.uint64),
-        np.uint64(small), np.uint64(outside), np.uint64(spec.shift), np.uint64(spec.pa_shift),
-        first, after, kind, word, counts,
-    )  # fmt: skip
-    care = ~spec.leaf_ignored & _MAX
-    step = (1 << spec.shift) >> spec.pa_shift
+    plan = Plan(tm, upper, base, e)
+    n, row, kind, counts = len(base), plan.row, plan.kind, plan.counts
     out = np.zeros(n, np.uint8)
-    row = upper.row
     if counts[0] + counts[1]:
         chosen = None if counts[0] + counts[1] == n else np.flatnonzero(kind <= 1)
         place, rows = in_memory_order(row, chosen)
-        kinds, words = (kind, word) if rows is row else (kind[place], word[place])
-        arguments = [np.uint64(value) for value in (step, care, spec.valid_mask, *hint_bits(spec))]
+        kinds, words = (kind, plan.word) if rows is row else (kind[place], plan.word[place])
 
         def runs(a: int, b: int) -> None:
-            _runs(items, rows[a:b], kinds[a:b], words[a:b], *arguments, place[a:b], out)
+            plan.runs(rows[a:b], kinds[a:b], words[a:b], place[a:b], out)
 
         over_threads(runs, len(rows), tm.fmt.table_bytes, threads)
     mapped, unsound = 0, False
     owned: tuple[I64, I64] = np.zeros(0, np.int64), np.zeros(0, np.int64)
     if counts[2]:
         mixed = np.flatnonzero(kind == 2)
-        a, b = first[mixed], after[mixed]
+        a, b = plan.first[mixed], plan.after[mixed]
         owned = a + (e.iova[a] < base[mixed]), b
         # Where an extent is a page the expectation is three times the tables: it is what must stream.
         few = int((b - a).sum()) * _COLUMNS <= len(mixed) * tm.fmt.table_bytes
         place, rows = in_memory_order(row, mixed) if few else (mixed, row[mixed])
-        bases, firsts, afters = base[place], first[place], after[place]
-        perm = np.array([bits[1] ^ bits[2] ^ bits[3], bits[3] ^ bits[2], bits[3] ^ bits[1]], np.uint64)
-        masks = np.array([spec.shift, step, care, spec.valid_mask, small, outside, spec.pa_shift], np.uint64)
+        bases, firsts, afters = base[place], plan.first[place], plan.after[place]
         totals: list[U64] = []
 
         def mix(a: int, b: int) -> None:
-            sums = np.zeros(2, np.uint64)
-            _mixed(
-                items, rows[a:b], bases[a:b], firsts[a:b], afters[a:b], e.iova, e.last, e.pa, e.prot,
-                perm, masks, place[a:b], out, sums,
-            )  # fmt: skip
-            totals.append(sums)
+            totals.append(plan.mixed(rows[a:b], bases[a:b], firsts[a:b], afters[a:b], place[a:b], out))
 
         over_threads(mix, len(rows), tm.fmt.table_bytes * 4, threads)
         mapped = sum(int(sums[0]) for sums in totals)

@@ -137,6 +137,11 @@ def _as_items(contig: Contig) -> bool:
     return contig.reserved is None and contig.attrs is None and contig.memory is None
 
 
+def sweepable(tm: TableMemory) -> bool:
+    """Whether compiled code can compare the tables of level 0 (``sweep``)."""
+    return tm.plain and tm.parts[0] == 1 and not tm.fmt.levels[0].pa_pieces
+
+
 def _compiled(tm: TableMemory, n: int, asked: bool | None) -> bool:
     """Whether ``n`` tables of level 0 are swept by compiled code; see :func:`verify`."""
     if asked is None:
@@ -144,45 +149,66 @@ def _compiled(tm: TableMemory, n: int, asked: bool | None) -> bool:
         asked = os.environ.get("NUMBA_DISABLE_JIT", "0") == "0" and n * tm.fmt.table_bytes >= (
             COMPILED_WARM if warm else COMPILED_COLD
         )
-    return asked and tm.plain and tm.parts[0] == 1 and not tm.fmt.levels[0].pa_pieces
+    return asked and sweepable(tm)
+
+
+class Plan:
+    """How tables of level 0 are proved by NumPy: what each must hold, found once.
+
+    :param base: IOVA of each table, increasing.
+    """
+
+    def __init__(self, tm: TableMemory, upper: Upper, base: U64, want: Expectation) -> None:
+        spec = tm.fmt.levels[0]
+        e = want.extents
+        last = base + np.uint64((1 << (spec.shift + spec.index_bits)) - 1)
+        a = np.searchsorted(e.last, base, side="left")
+        b = np.searchsorted(e.iova, last, side="right")
+        count = b - a
+        ok = upper.prot == 3  # where the items above take permissions away the judge has the word
+        single = count == 1
+        at = np.minimum(a, max(len(e) - 1, 0))
+        if len(e):
+            single &= (e.iova[at] <= base) & (e.last[at] >= last) & want.sound[at]
+            if not want.all_sound:
+                unsound = np.concatenate((np.zeros(1, np.int64), np.cumsum(~want.sound)))
+                ok &= unsound[b] == unsound[a]
+        word = np.zeros(len(base), np.uint64)
+        # kind 0: nothing expected, 1: one run over the whole table, 2: anything else
+        kind = np.where(single, np.uint8(1), np.where(count == 0, np.uint8(0), np.uint8(2))).astype(np.uint8)
+        if single.any():
+            word[single] = want.word(at[single]) + want.steps(base[single] - e.iova[at[single]])
+        self.want = want
+        self._tm = tm
+        self._ok = ok
+        self._columns = upper.row, kind, word, base, a, b
+
+    def proved(self, chosen: I64, tries: tuple[Way, ...]) -> NDArray[np.bool_]:
+        """Which of the tables ``chosen`` (positions) hold exactly what is expected. False = not proved here.
+
+        :param tries: ways to prove them.
+        """
+        want = self.want
+        ok, done = self._ok[chosen], np.zeros(len(chosen), np.bool_)
+        for way in tries if not want.runs else (_in_runs, *(t for t in tries if t is not _in_runs)):
+            left = np.flatnonzero(ok & ~done)
+            if not len(left):
+                break
+            if not _applies(way, want):
+                continue
+            for lo in range(0, len(left), CHUNK):
+                part = left[lo : lo + CHUNK]
+                at = chosen[part]
+                row, kind, word, base, a, b = self._columns
+                done[part] = way(self._tm, row[at], kind[at], word[at], base[at], a[at], b[at], want)
+        return done
 
 
 def _proved(
     tm: TableMemory, upper: Upper, base: U64, want: Expectation, tries: tuple[Way, ...]
 ) -> NDArray[np.bool_]:
-    """Which tables of level 0 hold exactly what is expected, by NumPy. False = not proved here.
-
-    :param base: IOVA of each table. :param tries: ways to prove them.
-    """
-    spec = tm.fmt.levels[0]
-    e = want.extents
-    last = base + np.uint64((1 << (spec.shift + spec.index_bits)) - 1)
-    a = np.searchsorted(e.last, base, side="left")
-    b = np.searchsorted(e.iova, last, side="right")
-    count = b - a
-    ok = upper.prot == 3  # where the items above take permissions away the judge has the word
-    single = count == 1
-    at = np.minimum(a, max(len(e) - 1, 0))
-    if len(e):
-        single &= (e.iova[at] <= base) & (e.last[at] >= last) & want.sound[at]
-        if not want.all_sound:
-            unsound = np.concatenate((np.zeros(1, np.int64), np.cumsum(~want.sound)))
-            ok &= unsound[b] == unsound[a]
-    word = np.zeros(len(base), np.uint64)
-    # kind 0: nothing expected, 1: one run over the whole table, 2: anything else
-    kind = np.where(single, np.uint8(1), np.where(count == 0, np.uint8(0), np.uint8(2))).astype(np.uint8)
-    if single.any():
-        word[single] = want.word(at[single]) + want.steps(base[single] - e.iova[at[single]])
-    done = np.zeros(len(base), np.bool_)
-    for way in tries if not want.runs else (_in_runs, *(t for t in tries if t is not _in_runs)):
-        left = np.flatnonzero(ok & ~done)
-        if not len(left) or not _applies(way, want):
-            continue
-        for lo in range(0, len(left), CHUNK):
-            part = left[lo : lo + CHUNK]
-            done[part] = way(tm, upper.row[part], kind[part], word[part], base[part], a[part], b[part], want)
-    both: NDArray[np.bool_] = np.logical_and(ok, done)
-    return both
+    """Which tables of level 0 hold exactly what is expected, by NumPy; see :class:`Plan`."""
+    return Plan(tm, upper, base, want).proved(np.arange(len(base)), tries)
 
 
 def _sweep(
@@ -329,7 +355,7 @@ def _marked(
 
 
 #: ways to prove a table, in the order in which they are tried; what Linux writes comes first (``_in_runs``)
-_TRIES: tuple[Way, ...] = (_sweep, _in_runs, _marked)
+TRIES: tuple[Way, ...] = (_sweep, _in_runs, _marked)
 
 
 def _applies(way: Way, want: Expectation) -> bool:
@@ -352,7 +378,7 @@ def _other_ways(
     rest = replace(
         upper, base=upper.base[left], pa=upper.pa[left], row=upper.row[left], prot=upper.prot[left]
     )
-    done[left] = _proved(tm, rest, base[left], want, _TRIES[1:])
+    done[left] = _proved(tm, rest, base[left], want, TRIES[1:])
     return done
 
 
@@ -384,7 +410,7 @@ def _fill(fmt: Format, wanted: U64, mixed: I64, base: U64, a: I64, b: I64, want:
     flat[slot[piece] + inner] = word[piece] + inner.astype(np.uint64) * np.uint64(want.step)
 
 
-def _merged(base: U64, span: int) -> tuple[U64, U64]:
+def merged(base: U64, span: int) -> tuple[U64, U64]:
     """Maximal closed ranges of sorted blocks of ``span`` bytes."""
     if not len(base):
         return base, base
@@ -409,7 +435,7 @@ def _without(e: Extents, first: U64, last: U64) -> Extents:
     return Extents(e.iova[keep], e.last[keep], e.pa[keep], e.prot[keep])
 
 
-def _spans(fmt: Format, problems: Problems, attrs: bool) -> Spans:
+def spans(fmt: Format, problems: Problems, attrs: bool) -> Spans:
     """Problems as spans of IOVAs: what translates all the same (``SOFT``), or all others."""
     p = problems.take(np.isin(problems.reason, SOFT) == attrs)
     iova, last, level, reason = fmt.extend(p.iova), fmt.extend(p.last), p.level, p.reason
@@ -498,7 +524,7 @@ def verify(
         proved, mapped = _other_ways(tm, upper, base, expected, swept.proved), swept.mapped
     else:
         want = Expectation(fmt, expected)
-        proved, mapped = _proved(tm, upper, base, want, _TRIES), want.extents.mapped_bytes
+        proved, mapped = _proved(tm, upper, base, want, TRIES), want.extents.mapped_bytes
     if not whole:
         mapped = clip_extents(expected, start, end).mapped_bytes
     if attributes is None and expected.attrs is not None:
@@ -507,22 +533,22 @@ def verify(
         upper.problems = judged(fmt, upper.problems)
     if len(upper.problems):
         # An attribute of an item above is no difference that the sweep could see.
-        above = _spans(fmt, upper.problems, True)
+        above = spans(fmt, upper.problems, True)
         proved &= ~find(above.iova, above.last, base)[1]
     if attributes is not None and len(attributes):
         at = np.searchsorted(attributes.last, base, side="left")
         some = at < len(attributes)
         touched = attributes.iova[np.minimum(at, len(attributes) - 1)] <= base + np.uint64(table_span - 1)
         proved &= ~(some & touched)
-    good_first, good_last = _merged(base if bool(proved.all()) else base[proved], table_span)
-    e = _as_said(fmt, _without(expected, good_first, good_last))
+    good_first, good_last = merged(base if bool(proved.all()) else base[proved], table_span)
     comparison = Comparison(limit)
     if attributes is not None and len(attributes):
         comparison = Comparison(limit, attributes.spans(), attributes.texts)
-    todo = ~proved
-    if len(e) or todo.any() or len(upper.leaves) or len(upper.problems):
-        good = good_first, good_last
-        _judge_rest(tm, upper, base, todo, e, good, comparison, dead_leaves, attributes, start, end)
+    good = good_first, good_last
+    judge_rest(
+        tm, upper, base, ~proved, expected, good, comparison, start, end,
+        dead_leaves=dead_leaves, attributes=attributes,
+    )  # fmt: skip
     mismatches = comparison.mismatches()
     total = comparison.total
     if not total and owned is not None:
@@ -548,6 +574,29 @@ def verify(
     )
 
 
+def judge_rest(
+    tm: TableMemory,
+    upper: Upper,
+    base: U64,
+    todo: NDArray[np.bool_],
+    expected: Extents,
+    good: tuple[U64, U64],
+    comparison: Comparison,
+    start: int,
+    last: int,
+    *,
+    dead_leaves: bool = True,
+    attributes: Differences | None = None,
+) -> None:
+    """Judge all IOVAs of [start, last] but for the sorted, disjoint ranges ``good``, if anything is there.
+
+    :param todo: the tables of level 0 that are not wholly in such ranges. :param base: IOVA of each table.
+    """
+    e = _as_said(tm.fmt, _without(expected, *good))
+    if len(e) or todo.any() or len(upper.leaves) or len(upper.problems):
+        _judge_rest(tm, upper, base, todo, e, good, comparison, dead_leaves, attributes, start, last)
+
+
 def _judge_rest(
     tm: TableMemory,
     upper: Upper,
@@ -568,7 +617,7 @@ def _judge_rest(
         base[todo], upper.base[todo], upper.pa[todo], upper.row[todo], upper.prot[todo],
     )  # fmt: skip
     large = _found(fmt, upper.leaves)
-    opaque, attrs = _spans(fmt, upper.problems, False), _spans(fmt, upper.problems, True)
+    opaque, attrs = spans(fmt, upper.problems, False), spans(fmt, upper.problems, True)
     # Windows begin at every _WINDOW_TABLES-th unproved table and every _WINDOW_EXTENTS-th extent, and skip
     # what is proved: a proved range may be touched by extents that go beyond it.
     cuts = np.unique(
@@ -601,7 +650,7 @@ def _judge_rest(
         o, a = opaque, attrs
         if len(more):
             everything = Problems.join([upper.problems, more])
-            o, a = _spans(fmt, everything, False), _spans(fmt, everything, True)
+            o, a = spans(fmt, everything, False), spans(fmt, everything, True)
         comparison.window(start, last, e, found, o, a, good)
 
 
