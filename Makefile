@@ -54,7 +54,7 @@ lint: $(VENV)/dev.stamp
 	@$(BIN)/codespell README.md CHANGELOG.md CONTRIBUTING.md docs src tests vmtest
 
 test-vm: $(VENV)/dev.stamp
-	@$(BIN)/python -m vmtest.kernel
+	@$(BIN)/python -m vmtest
 	@$(BIN)/python -m pytest vmtest $(VM_ARGS)
 
 types: $(VENV)/dev.stamp

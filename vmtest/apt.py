@@ -105,11 +105,12 @@ def _by_version(a: str, b: str) -> int:
 
 
 class PrivateApt:
-    """An apt with its own state below ``root``, of the suites in :data:`SUITES` of the machine's mirror."""
+    """An apt with its own state below ``root``, of ``suites`` of the machine's mirror."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, suites: Sequence[str] = SUITES) -> None:
         self._mirror = mirror()
         self._root = root
+        self._suites = suites
         for each in ("lists/partial", "cache/archives/partial"):
             (root / each).mkdir(parents=True, exist_ok=True)
         options = {
@@ -135,9 +136,13 @@ class PrivateApt:
         )
         self._apt("apt-get", "-qq", *more, "update")
 
+    def update(self) -> None:
+        """Fetch the lists of packages."""
+        self._update(self._codenames())
+
     def _codenames(self) -> list[str]:
         """The suites by their own names: of some mirrors only those are up to date."""
-        self._update(SUITES, "-oAcquire::IndexTargets::deb::Packages::DefaultEnabled=false")
+        self._update(self._suites, "-oAcquire::IndexTargets::deb::Packages::DefaultEnabled=false")
         found = []
         for path in sorted((self._root / "lists").glob("*Release")):
             name = re.search(r"^Codename: (\S+)$", path.read_text(), re.MULTILINE)
@@ -149,14 +154,14 @@ class PrivateApt:
 
     def newest(self, pattern: str) -> tuple[str, str]:
         """The package whose name matches and whose version is the highest: (name, version)."""
-        self._update(self._codenames())
+        self.update()
         names = [n for n in self._apt("apt-cache", "pkgnames").split() if re.fullmatch(pattern, n)]
         rows = []
         for line in self._apt("apt-cache", "madison", *names).splitlines() if names else ():
             name, version, _ = (part.strip() for part in line.split("|", 2))
             rows.append((name, version))
         if not rows:
-            raise Missing(f"the mirror has no package {pattern} in {', '.join(SUITES)}")
+            raise Missing(f"the mirror has no package {pattern} in {', '.join(self._suites)}")
         return max(rows, key=lambda row: _by_version(row[1]))
 
     def download(self, name: str, version: str, into: Path) -> Path:
@@ -165,6 +170,21 @@ class PrivateApt:
         self._apt("apt-get", "-qq", "download", f"{name}={version}", cwd=into)
         (found,) = into.glob(f"{name}_*.deb")
         return found
+
+    def download_all(self, name: str) -> list[Path]:
+        """Fetch a package of the last suite, with all that it depends on: this apt sees nothing installed.
+
+        They stay in its cache until :meth:`clean`.
+        """
+        self._apt(
+            "apt-get", "-qq", "-y", "--no-install-recommends", "--download-only",
+            f"--target-release={self._suites[-1]}", "install", name,
+        )  # fmt: skip
+        return sorted((self._root / "cache" / "archives").glob("*.deb"))
+
+    def clean(self) -> None:
+        """Forget the package files that were fetched."""
+        shutil.rmtree(self._root / "cache", ignore_errors=True)
 
 
 def need(programs: dict[str, str]) -> None:

@@ -16,7 +16,8 @@ def pytest_report_header() -> list[str]:
     """Which kernel, which IOMMUs."""
     return [
         f"kernel: linux {kernel().version}, {kernel().path}",
-        f"IOMMUs of this QEMU: {', '.join(vm.modes())}; by {' '.join(vm.accelerator())}",
+        f"QEMU: {' '.join(vm.accelerator())}",
+        *(f"{name}: by QEMU {each.qemu.name}" for name, each in vm.machines().items()),
     ]
 
 

@@ -9,6 +9,7 @@ The cache is ``${XDG_CACHE_HOME:-~/.cache}/iokeep/vmtest/<version>-<hash of the 
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import os
 import re
@@ -23,7 +24,6 @@ from vmtest.apt import Missing, PrivateApt, need
 
 HERE = Path(__file__).parent
 FRAGMENT = HERE / "linux.config"
-QEMU = "qemu-system-x86_64"
 #: what a build needs: program or file -> Debian package
 TOOLS = {
     "gcc": "gcc",
@@ -94,6 +94,7 @@ def _built() -> list[Kernel]:
     return sorted(found, key=lambda kernel: kernel.image.stat().st_mtime)
 
 
+@functools.cache
 def kernel() -> Kernel:
     """The kernel, from the cache or built now. :raises Missing: this machine cannot; the message says why."""
     found = _built()
@@ -110,7 +111,7 @@ def kernel() -> Kernel:
 
 def _fetch_and_build() -> Kernel:
     need(TOOLS)
-    _say("looking for the newest linux-source")
+    say("looking for the newest linux-source")
     apt = PrivateApt(cache() / "apt")
     name, version = apt.newest(r"linux-source-[0-9.]+")
     done = Kernel(cache() / f"{version}-{_key()}")
@@ -119,12 +120,12 @@ def _fetch_and_build() -> Kernel:
     work = cache() / "build"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    _say(f"fetching {name} {version}")
+    say(f"fetching {name} {version}")
     package = apt.download(name, version, work)
-    _say("unpacking")
+    say("unpacking")
     tree = _unpack(package, name, work)
     package.unlink()
-    shutil.rmtree(cache() / "apt" / "cache", ignore_errors=True)
+    apt.clean()
     build(tree, done)
     shutil.rmtree(work)
     return done
@@ -156,10 +157,10 @@ def build(tree: Path, done: Kernel) -> None:
     lost = [f"{k}={v}" for k, v in options(fragment).items() if have.get(k, "n") != v]
     if lost:
         raise Missing(f"Kconfig of this kernel does not take: {', '.join(lost)}")
-    _say("building the kernel (about 9 minutes on two idle cores)")
+    say("building the kernel (about 9 minutes on two idle cores)")
     start = time.monotonic()
     _make(log, tree, objects, jobs, "bzImage")
-    _say(f"built in {time.monotonic() - start:.0f} s")
+    say(f"built in {time.monotonic() - start:.0f} s")
     part = done.path.with_name(done.path.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -195,15 +196,6 @@ def _logged(log: Path, command: list[str], cwd: Path) -> None:
         raise Missing(f"{' '.join(command[:3])} ...: exit {done.returncode}; see {log}")
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tell the user what takes so long."""
     print(f"vmtest: {text}", file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    # Set-up of `make test-vm`: all that is slow or needs root, before pytest starts.
-    try:
-        need({QEMU: "qemu-system-x86"})
-        print(f"vmtest: kernel {kernel().path}", file=sys.stderr)
-    except Missing as error:
-        print(f"vmtest: {error}", file=sys.stderr)
-        sys.exit(4)

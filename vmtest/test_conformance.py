@@ -11,7 +11,6 @@ import pytest
 
 from vmtest import vm
 from vmtest.guest_programs import Boot, counts, in_turn, notes, pytest_of
-from vmtest.kernel import kernel
 
 #: random traces for each kind of device; IOKEEP_TRACES=500 and more when something changed
 TRACES = os.environ.get("IOKEEP_TRACES", "20")
@@ -27,10 +26,8 @@ def suite(mode: str) -> tuple[dict[str, int], list[str]]:
         pytest_of("-q", "tests/conformance", "-k", CHOSEN[mode]),
     )
     environment = {"IOKEEP_MACHINE": "kernel", "IOKEEP_TRACES": TRACES}
-    modes = vm.modes()
-    boot = vm.boot(
-        kernel(), modes[mode], program, name=f"conformance-{mode}", environment=environment, seconds=900
-    )
+    machines = vm.machines()
+    boot = vm.boot(machines[mode], program, name=f"conformance-{mode}", environment=environment, seconds=900)
     with boot as guest:
         guest.check()
     assert not guest.kernel_complaints(), f"see {guest.directory}"
@@ -45,12 +42,12 @@ def selftests(mode: str) -> str:
         "for each in iommu/iommufd iommu/iommufd_fail_nth liveupdate/liveupdate; do "
         '"$IOKEEP_VM_KERNEL/selftests/$each"; done; true'
     )
-    with vm.boot(kernel(), vm.modes()[mode], ["sh", "-c", script], name="selftests", seconds=400) as guest:
+    with vm.boot(vm.machines()[mode], ["sh", "-c", script], name="selftests", seconds=400) as guest:
         guest.check()
         return (guest.directory / "output.log").read_text()
 
 
-@pytest.mark.parametrize("mode", [suite.case(mode) for mode in CHOSEN if mode in vm.modes()])
+@pytest.mark.parametrize("mode", [suite.case(mode) for mode in CHOSEN if mode in vm.machines()])
 def test_the_kernel_and_the_software_kernel_say_the_same(
     mode: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,6 @@ from iokeep.pt.registry import open_format
 from iokeep.pt.roots.find import find_root_of
 from vmtest import vm
 from vmtest.guest_programs import Boot, in_turn, module
-from vmtest.kernel import kernel
 
 
 def table_now(guest: vm.Guest, hw: Mapping[str, Any]) -> Extents:
@@ -36,7 +35,7 @@ def update(mode: str) -> tuple[dict[str, dict[str, Any]], dict[str, Extents], st
     """One live update: what the guest said at each step, tables before and after, and its transcript."""
     steps, tables = {}, {}
     boot = vm.boot(
-        kernel(), vm.modes()[mode], in_turn(module("live_update")), name=f"live-update-{mode}", seconds=400
+        vm.machines()[mode], in_turn(module("live_update")), name=f"live-update-{mode}", seconds=400
     )
     with boot as guest:
         for told in guest.documents():
@@ -50,7 +49,7 @@ def update(mode: str) -> tuple[dict[str, dict[str, Any]], dict[str, Extents], st
     return steps, tables, text
 
 
-@pytest.fixture(params=[update.case(mode) for mode in vm.modes() if mode in ("vtd-legacy", "amd")])
+@pytest.fixture(params=[update.case(mode) for mode in vm.machines() if mode in ("vtd-legacy", "amd")])
 def mode(request: pytest.FixtureRequest) -> str:
     """VT-d and AMD-Vi."""
     return str(request.param)

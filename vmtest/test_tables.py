@@ -21,7 +21,6 @@ from iokeep.pt.roots.find import find_root_of
 from iokeep.pt.verify import verify
 from vmtest import vm
 from vmtest.guest_programs import Boot, counts, in_turn, module, pytest_of
-from vmtest.kernel import kernel
 
 LAYOUTS = ("scattered", "huge", "edges", "process-memory", "contiguous", "emptied")
 
@@ -59,7 +58,7 @@ def visit(mode: str) -> tuple[dict[str, Seen], dict[str, int]]:
     """Boot once for each IOMMU: every layout in it, and guest/test_client.py."""
     out = {}
     program = in_turn(module("tables"), pytest_of("--confcutdir=vmtest/guest", "vmtest/guest/test_client.py"))
-    with vm.boot(kernel(), vm.modes()[mode], program, name=mode, seconds=400) as guest:
+    with vm.boot(vm.machines()[mode], program, name=mode, seconds=400) as guest:
         ram = guest.memory()
         for told in guest.documents():
             out[told["layout"]] = look(told, ram)
@@ -69,7 +68,7 @@ def visit(mode: str) -> tuple[dict[str, Seen], dict[str, int]]:
     return out, counts(guest.directory)
 
 
-CASES = [visit.case(mode, f"{mode}/{layout}") for mode in vm.modes() for layout in LAYOUTS]
+CASES = [visit.case(mode, f"{mode}/{layout}") for mode in vm.machines() for layout in LAYOUTS]
 
 
 @pytest.fixture(params=CASES)
@@ -125,7 +124,7 @@ def test_the_trace_events_say_the_same(one: Seen) -> None:
     assert same(traced, blind)
 
 
-MODES = [visit.case(mode) for mode in vm.modes()]
+MODES = [visit.case(mode) for mode in vm.machines()]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -137,7 +136,7 @@ def test_write_only_is_there_where_the_format_has_it(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_format_is_that_of_the_iommu(mode: str) -> None:
-    assert {one.format for one in visit(mode)[0].values()} == {vm.modes()[mode].format}
+    assert {one.format for one in visit(mode)[0].values()} == {vm.machines()[mode].mode.format}
 
 
 @pytest.mark.parametrize("mode", MODES)

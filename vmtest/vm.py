@@ -27,13 +27,16 @@ from types import TracebackType
 from typing import Any, Self
 
 from iokeep.mem.ram import Ram
-from vmtest.apt import need
-from vmtest.kernel import QEMU, Kernel, cache
+from vmtest.apt import Missing
+from vmtest.kernel import cache, kernel, say
+from vmtest.qemu import Qemu, installed, newer
 
 ROOT = Path(__file__).parent.parent
 #: below 0xb0000000 q35 has all RAM at pa 0: offsets in the RAM file are physical addresses
 MEMORY = 2 << 30
 KEEP = 40
+#: for a kernel that panics as soon as it looks for its root
+_KVM_SECONDS = 8
 _PR_SET_PDEATHSIG = 1
 _DMA_MASK = 2**64 - 1
 _COMMON = (
@@ -45,41 +48,43 @@ _COMMON = (
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """One IOMMU. ``device``: QEMU's option; ``cmdline``: the kernel's; ``format``: of its page tables."""
+    """One IOMMU. ``devices``: QEMU's option, by names that its versions gave it; ``cmdline``: the kernel's;
+    ``format``: of its page tables; ``newer``: worth a newer QEMU.
+    """
 
     name: str
-    device: str
+    devices: tuple[str, ...]
     cmdline: str
     format: str
+    newer: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A mode, the QEMU that has it, and that QEMU's option for it."""
+
+    mode: Mode
+    qemu: Qemu
+    device: str
+
+
+_VTD = "intel-iommu,intremap=on,aw-bits=48"
 _MODES = (
-    Mode("vtd-legacy", "intel-iommu,intremap=on,aw-bits=48", "intel_iommu=on,sm_off", "vtdss"),
+    Mode("vtd-legacy", (_VTD,), "intel_iommu=on,sm_off", "vtdss"),
     Mode(
         "vtd-second-stage",
-        "intel-iommu,intremap=on,aw-bits=48,x-scalable-mode=on",
-        "intel_iommu=on,sm_on",
-        "vtdss",
-    ),
-    Mode(  # the properties' names have changed with QEMU's versions
-        "vtd-second-stage",
-        "intel-iommu,intremap=on,aw-bits=48,scalable-mode=on",
+        (f"{_VTD},scalable-mode=on", f"{_VTD},x-scalable-mode=on"),
         "intel_iommu=on,sm_on",
         "vtdss",
     ),
     Mode(
         "vtd-first-stage",
-        "intel-iommu,intremap=on,aw-bits=48,scalable-mode=on,fsts=on",
+        (f"{_VTD},scalable-mode=on,fsts=on", f"{_VTD},x-scalable-mode=on,x-flts=on"),
         "intel_iommu=on,sm_on",
         "x86_64",
+        newer=True,
     ),
-    Mode(
-        "vtd-first-stage",
-        "intel-iommu,intremap=on,aw-bits=48,x-scalable-mode=on,x-flts=on",
-        "intel_iommu=on,sm_on",
-        "x86_64",
-    ),
-    Mode("amd", "amd-iommu,intremap=on", "amd_iommu=on", "amdv1"),
+    Mode("amd", ("amd-iommu,intremap=on",), "amd_iommu=on", "amdv1"),
 )
 
 
@@ -88,16 +93,22 @@ class GuestError(RuntimeError):
 
 
 @functools.cache
-def modes() -> Mapping[str, Mode]:
-    """The IOMMUs that this QEMU has."""
-    need({QEMU: "qemu-system-x86"})
+def machines() -> Mapping[str, Machine]:
+    """The IOMMUs that can be had here, by the name of the mode."""
     out = {}
     for mode in _MODES:
-        kind, *properties = mode.device.split(",")
-        found = subprocess.run([QEMU, "-device", f"{kind},help"], capture_output=True, text=True, check=False)
-        known = {line.split("=")[0].strip() for line in found.stdout.splitlines()}
-        if all(each.split("=")[0] in known for each in properties):
-            out[mode.name] = mode
+        for find in (installed, newer)[: 1 + mode.newer]:
+            try:
+                qemu = find()
+            except Missing as error:
+                if find is installed:
+                    raise
+                say(f"no {mode.name}: {error}")
+                continue
+            device = next(filter(qemu.has, mode.devices), None)
+            if device is not None:
+                out[mode.name] = Machine(mode, qemu, device)
+                break
     return out
 
 
@@ -214,22 +225,26 @@ class Guest:
 
 @functools.cache
 def accelerator() -> tuple[str, ...]:
-    """QEMU's options for the CPU: KVM where a machine starts with it, else software emulation."""
+    """QEMU's options for the CPU: KVM where this kernel gets as far with it as to miss its root, else
+    software emulation. There are KVMs that start any guest and run only kernels that are made for them.
+    """
     kvm = ("-accel", "kvm", "-cpu", "max,la57=off", "-machine", "kernel-irqchip=split")
     if os.environ.get("IOKEEP_VM_ACCEL") != "tcg" and os.access("/dev/kvm", os.R_OK | os.W_OK):
-        command = [QEMU, "-nodefaults", "-display", "none", "-machine", "q35", *kvm]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as trial:
-            try:
-                trial.wait(1.5)
-            except subprocess.TimeoutExpired:
-                trial.kill()
-                return kvm
+        command = [
+            *installed().command, "-nodefaults", "-display", "none", "-no-reboot", "-machine", "q35", *kvm,
+            "-kernel", str(kernel().image), "-append", "console=ttyS0 panic=-1", "-serial", "stdio",
+        ]  # fmt: skip
+        try:
+            done = subprocess.run(command, capture_output=True, check=False, timeout=_KVM_SECONDS)
+        except subprocess.TimeoutExpired:
+            done = None
+        if done and not done.returncode and b"Linux version" in done.stdout:
+            return kvm
     return ("-accel", "tcg,thread=multi", "-cpu", "max,la57=off")
 
 
 def boot(
-    kernel: Kernel,
-    mode: Mode,
+    machine: Machine,
     program: Sequence[str],
     *,
     name: str,
@@ -241,7 +256,6 @@ def boot(
 
     :param name: of the run, for its directory. :param seconds: hard limit for all of it.
     """
-    need({QEMU: "qemu-system-x86"})
     runs = cache() / "runs"
     runs.mkdir(parents=True, exist_ok=True)
     _old_runs_go(runs)
@@ -252,15 +266,15 @@ def boot(
         "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
         "HOME": "/root",
         "IOKEEP_VM_RUN": str(directory),
-        "IOKEEP_VM_KERNEL": str(kernel.path),
-        "IOKEEP_VM_MODE": mode.name,
+        "IOKEEP_VM_KERNEL": str(kernel().path),
+        "IOKEEP_VM_MODE": machine.mode.name,
         **(environment or {}),
     }
     text = "".join(f"export {key}={shlex.quote(value)}\n" for key, value in exports.items())
     (directory / "run").write_text(f'{text}cd {shlex.quote(str(ROOT))}\nexec {shlex.join(program)} "$@"\n')
     line = " ".join(
         (
-            _COMMON, mode.cmdline, cmdline, f"init={ROOT / 'vmtest/guest/init'}",
+            _COMMON, machine.mode.cmdline, cmdline, f"init={ROOT / 'vmtest/guest/init'}",
             f"iokeep.dir={directory} iokeep.python={sys.executable} iokeep.root={ROOT}",
         )
     )  # fmt: skip
@@ -273,11 +287,13 @@ def boot(
     listener.listen(1)
     share = "security_model=none,multidevs=remap"
     command = [
-        QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-name", name,
-        "-machine", "q35,memory-backend=ram", *accelerator(), "-smp", "2", "-m", f"{MEMORY >> 20}M",
+        *machine.qemu.command,
+        "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-name", name,
+        "-machine", "q35,memory-backend=ram", *accelerator(),
+        "-smp", "2", "-m", f"{MEMORY >> 20}M",
         "-object", f"memory-backend-file,id=ram,size={MEMORY},mem-path=/proc/self/fd/{ram},share=on",
-        "-device", mode.device,
-        "-kernel", str(kernel.image), "-append", line,
+        "-device", machine.device,
+        "-kernel", str(kernel().image), "-append", line,
         "-serial", f"file:{directory / 'console.log'}",
         "-fsdev", f"local,id=root,path=/,readonly=on,{share}",
         "-device", "virtio-9p-pci,fsdev=root,mount_tag=root",

@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Set-up of `make test-vm`: all that is slow or needs root, before pytest starts."""
+
+from __future__ import annotations
+
+import sys
+
+from vmtest.apt import Missing
+from vmtest.kernel import kernel, say
+from vmtest.vm import machines
+
+if __name__ == "__main__":
+    try:
+        for name, machine in machines().items():
+            say(f"{name}: QEMU {machine.qemu.name}")
+        say(f"kernel {kernel().path}")
+    except Missing as error:
+        say(str(error))
+        sys.exit(4)
