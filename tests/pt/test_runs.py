@@ -87,11 +87,11 @@ def damage(data, built, want, where=None):
     return done
 
 
-def outcome(job):
+def outcome(job, *kinds):
     """What it returns, or what it raises."""
     try:
         return job()
-    except (InputError, MemoryAbsent) as error:
+    except (InputError, MemoryAbsent, *kinds) as error:
         return type(error), str(error)
 
 
@@ -183,3 +183,63 @@ def test_what_linux_writes_is_runs_and_pages(fmt, new_table):
     said, left = runs.extents_of(tm, descend(tm, built.table.root_pa))
     assert not len(left)
     assert len(said) == 45
+
+
+def content(built):
+    """The tables level by level, whatever their places: addresses of tables are left out."""
+    found = extents(*built.args)[0]
+    return rows_of(found), [len(pas) for pas in descend(TableMemory(*built.args[:2]), built.args[2]).pages]
+
+
+@settings(max_examples=40)
+@given(data=st.data(), which=st.integers(0, len(FORMATS) - 1), seed=st.sampled_from([None, 1]))
+def test_build(new_table, data, which, seed):
+    """The same memory, byte for byte, from compiled code and from NumPy; also into tables that are there."""
+    fmt = FORMATS[which]
+    largest = data.draw(st.sampled_from([None, fmt.levels[0].shift]))
+    wants = [data.draw(layouts(fmt)) for _ in range(data.draw(st.sampled_from([1, 1, 2])))]
+    said = []
+    for compiled in (False, True):
+        built = new_table(fmt, size=1 << 20, seed=seed)
+        done = [
+            outcome(lambda b=built, w=w, c=compiled: b.table.map(w, largest, compiled=c), ValueError)
+            for w in wants
+        ]
+        assert not built.freed
+        said.append((done, built.ram.bytes.tobytes()))
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("fmt", FORMATS[:7], ids=lambda f: f.name)
+@pytest.mark.parametrize("where", [0, 700, 1400])
+@pytest.mark.parametrize("what", ["nothing", "order", "length", "pa", "prot", "beyond", "taken"])
+def test_build_of_pages(fmt, new_table, where, what):
+    """Single pages in a row take a way of their own; what is none of them is refused, and nothing changed."""
+    shift = fmt.levels[0].shift
+    n = 1500
+    iova = (np.arange(n, dtype=np.uint64) + np.uint64(77)) << np.uint64(shift)
+    last = iova + np.uint64((1 << shift) - 1)
+    pa = np.random.default_rng(1).permutation(n).astype(np.uint64) << np.uint64(shift)
+    prot = np.random.default_rng(2).integers(1, 4, n).astype(np.uint8)
+    if what == "order":
+        iova[where], last[where] = iova[where + 1], last[where + 1]
+    elif what == "length":
+        last[where] -= np.uint64(4096)
+    elif what == "pa":
+        pa[where] += np.uint64(512)
+    elif what == "prot":
+        prot[where] = 4 * (where & 1)
+    elif what == "beyond":
+        pa[where] = np.uint64(1 << 60)
+    said = []
+    for compiled in (False, True):
+        built = new_table(fmt, size=1 << 20, seed=1)
+        if what == "taken":
+            built.table.map(Extents(iova[where : where + 1], last[where : where + 1], pa[:1], prot[:1]))
+        before = content(built)
+        e = Extents(iova, last, pa, prot)
+        done = outcome(lambda b=built, c=compiled, e=e: b.table.map(e, shift, compiled=c), ValueError)
+        assert (done is None) == (what == "nothing")
+        assert done is None or content(built) == before
+        said.append((done, content(built)))
+    assert said[0] == said[1]

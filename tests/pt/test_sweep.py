@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iokeep.pt import kernels, runs, sums, sweep
+from iokeep.pt import fill, kernels, runs, sums, sweep
 from iokeep.pt.compare import clip_extents
 from iokeep.pt.diff import diff
 from iokeep.pt.digest import digest
@@ -226,9 +226,10 @@ WORDS = {
     "same", "item", "sum_x", "sum_y", "sum_k", "sum_l", "differ", "there", "slot",
     "stop", "begin", "f", "z", "p", "lo", "hi", "page", "group", "prior", "follows", "number", "expect",
 }  # fmt: skip
+COLUMNS = ("iova", "last", "pa", "prot")
 #: kernels that the test below compiles
 NAMES = {
-    "_plan", "_runs", "_mixed", "_alike", "_count", "_holed", "_pages", "_write", "_pairs",
+    "_plan", "_runs", "_mixed", "_alike", "_count", "_holed", "_pages", "_write", "_pairs", "_ramps",
 }  # fmt: skip
 
 
@@ -241,7 +242,10 @@ def test_no_signed_word_and_no_float(new_table):
     built = new_table(FORMATS[0], seed=1)
     rows = [(n << 12, (n << 12) + 4095, (n ^ 1) << 12, 3) for n in range(512)]
     want = Extents.of([*rows, (1 << 21, (9 << 21) - 1, 1 << 30, 3)])
-    built.table.map(want, max_lg2=12)
+    built.table.map(want, max_lg2=12, compiled=True)
+    pages = [(n << 12, (n << 12) + 4095, n << 12, 3) for n in range(1 << 20, (1 << 20) + 1500)]
+    built.table.map(Extents.of(pages), compiled=True)
+    want = Extents(*(np.concatenate([getattr(e, c) for e in (want, Extents.of(pages))]) for c in COLUMNS))
     assert verify(*built.args, want, compiled=True).equal
     kernels.in_memory_order(np.arange(9)[::-1].copy())
     built.ram.store64(walk(*built.args, 0).steps[-1][1], 0)
@@ -249,7 +253,7 @@ def test_no_signed_word_and_no_float(new_table):
     seen = set()
     assert diff(*built.args, *built.args, compiled=True).equal
     extents(*built.args, compiled=True)
-    for module in (kernels, runs, sweep, sums):
+    for module in (fill, kernels, runs, sweep, sums):
         for name, called in vars(module).items():
             kernel = getattr(called, "__wrapped__", called)
             for signature in getattr(kernel, "signatures", []):

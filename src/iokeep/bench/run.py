@@ -84,7 +84,8 @@ def _methods(case: Case, built: Built, peers: Peers | None, threads: int) -> tup
     elif case.job == "build":
         pages = np.unique(np.concatenate(upper.pages))
         methods["limit"] = partial(_clear, built, upper.row)
-        methods["iokeep"] = partial(_build_again, built, pages)
+        methods["iokeep"] = partial(_build_again, built, pages, True)
+        methods["numpy"] = partial(_build_again, built, pages, False)
     return methods, size
 
 
@@ -114,11 +115,14 @@ def _clear(built: Built, rows: np.ndarray[Any, np.dtype[np.int64]]) -> None:
     words[int(rows.min()) : int(rows.max()) + 1].fill(0)
 
 
-def _build_again(built: Built, pages: U64) -> None:
-    """The same tables again, into memory that was touched before and is cleared here."""
+def _clear_all(built: Built) -> None:
+    """What an allocator gives is zeroed: memory that was touched before, cleared."""
+    built.ram.words[:] = 0
+
+
+def _build_again(built: Built, pages: U64, compiled: bool) -> None:
+    """The same tables again, into memory of :func:`_clear_all`."""
     fmt, ram = built.fmt, built.ram
-    words = ram.words.reshape(-1, fmt.table_bytes // 8)
-    words[(pages // np.uint64(fmt.table_bytes)).astype(np.int64)] = 0
     given = 0
 
     def alloc(n: int, size: int = fmt.table_bytes) -> U64:
@@ -130,7 +134,7 @@ def _build_again(built: Built, pages: U64) -> None:
 
     stock = pages[pages != np.uint64(built.root_pa)] if fmt.root_bytes > fmt.table_bytes else pages
     table = Table.create(fmt, ram, alloc, lambda gone, size=0: None)
-    table.map(built.extents, max_lg2=built.leaf_lg2)
+    table.map(built.extents, max_lg2=built.leaf_lg2, compiled=compiled)
     built.table = table
 
 
@@ -141,7 +145,9 @@ def measure(case: Case, peers: Peers | None, options: Options) -> list[dict[str,
     methods, size = _methods(case, built, usable, options.threads)
     times: dict[str, list[float]] = {name: [] for name in methods}
     slow: set[str] = set()
+    prepare: Method = partial(_clear_all, built) if case.job == "build" else dict
     for name, method in methods.items():  # compiled, and warm
+        prepare()
         begin = perf_counter()
         method()
         if perf_counter() - begin > 2.0:
@@ -150,6 +156,7 @@ def measure(case: Case, peers: Peers | None, options: Options) -> list[dict[str,
         for name, method in methods.items():
             if name in slow and number:
                 continue  # minutes for nothing
+            prepare()
             begin = perf_counter()
             method()
             times[name].append(perf_counter() - begin)

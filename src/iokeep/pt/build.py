@@ -7,6 +7,8 @@ drivers/iommu/generic_pt/iommu_pt.h (``map_pages``, ``unmap_pages``, ``iova_to_p
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,6 +29,10 @@ TableAllocator = Callable[..., U64]
 #: flushes the IOTLB before they are reused.
 TableFree = Callable[..., None]
 
+#: tables of level 0 from so many bytes on are written by compiled code, where it is loaded and where it is
+#: not
+COMPILED_WARM = 1 << 20
+COMPILED_COLD = 128 << 20
 #: items written at once: their intermediates stay in the cache
 _BATCH = 1 << 16
 #: up to so many extents and items a map, and so many bytes a look at a range, goes item by item
@@ -204,7 +210,7 @@ class Table:
 
     # -- map -------------------------------------------------------------------------------------------
 
-    def map(self, extents: Extents, max_lg2: int | None = None) -> None:
+    def map(self, extents: Extents, max_lg2: int | None = None, *, compiled: bool | None = None) -> None:
         """Map every extent, with the leaf sizes that ``iommu_map`` chooses: at each point the largest that
         divides iova and pa and fits. All or nothing.
 
@@ -212,11 +218,17 @@ class Table:
 
         :param extents: sorted, disjoint; multiples of the smallest leaf; prot not 0.
         :param max_lg2: no leaf is larger than 2**max_lg2 bytes (a domain's pgsize_bitmap).
+        :param compiled: write tables by Numba (True), by NumPy alone (False), or by size (None). The result
+            is the same.
         :raises AlreadyMapped: an IOVA of them is mapped. Nothing was changed.
         :raises ValueError: an extent cannot be expressed. Nothing was changed.
         """
         if not len(extents):
             return
+        if len(extents) >= _SMALL_ITEMS and self._compiled(len(extents), compiled):
+            sizes = _sizes(self.fmt, max_lg2)
+            if sizes[-1][:2] == (0, self.fmt.levels[0].shift) and self._map_pages(extents):
+                return
         iova, length = self._checked(extents)
         items = (
             int(length.sum()) >> self.fmt.levels[0].shift if len(extents) <= _SMALL_EXTENTS else _SMALL_ITEMS
@@ -225,7 +237,46 @@ class Table:
             columns = (iova.tolist(), length.tolist(), extents.pa.tolist(), extents.prot.tolist())
             self._map_small([run for row in zip(*columns, strict=True) for run in self._runs(*row, max_lg2)])
         else:
-            self._map_arrays(choose_leaves(self.fmt, iova, length, extents.pa, extents.prot, max_lg2))
+            runs = choose_leaves(self.fmt, iova, length, extents.pa, extents.prot, max_lg2)
+            self._map_arrays(runs, compiled)
+
+    def _compiled(self, items: int, asked: bool | None) -> bool:
+        """Whether so many items of level 0 are written by compiled code: as asked, or where it is faster."""
+        if asked is None:
+            warm = "iokeep.pt.fill" in sys.modules
+            asked = os.environ.get("NUMBA_DISABLE_JIT", "0") == "0" and items * self.fmt.item_bytes >= (
+                COMPILED_WARM if warm else COMPILED_COLD
+            )
+        spec = self.fmt.levels[0]
+        plain = self._tm.plain and self._uniform and not spec.pa_pieces
+        return asked and plain and self._words[0].dtype == np.uint64
+
+    def _map_pages(self, e: Extents) -> bool:
+        """Map single pages of neighbouring IOVAs into new tables, checked as they are written. False = they
+        are something else; nothing was changed.
+        """
+        from iokeep.pt import fill
+
+        fmt, spec = self.fmt, self.fmt.levels[0]
+        if not fill.in_line(fmt, e):
+            return False
+        low = (1 << fmt.input_lg2) - 1
+        bits = spec.shift + spec.index_bits
+        first, last = (int(e.iova[0]) & low) >> bits, (int(e.last[-1]) & low) >> bits
+        keys = [np.arange(first, last + 1, dtype=np.uint64)]
+        keys += [np.zeros(0, np.uint64) for _ in fmt.levels[1:]]
+        try:
+            needed = self._needed(keys)
+        except AlreadyMapped:  # if they are sound at all: the general way says what is wrong first
+            return False
+        if int(needed[0].row.max()) >= 0:
+            return False
+        missing = self._allocated(needed)
+        if not fill.pages(fmt, self._words[0].view(np.uint64), needed[0].row, e):
+            self._give_back([(level, needed[level].pa[new]) for level, new in enumerate(missing)])
+            return False
+        self._link(needed, missing)
+        return True
 
     def _checked(self, extents: Extents) -> tuple[U64, U64]:
         """Raw iovas and lengths. :raises ValueError: not expressible."""
@@ -377,15 +428,27 @@ class Table:
     def _extended(self, raw: int) -> int:
         return int(self.fmt.extend(np.array([raw], np.uint64))[0])
 
-    def _map_arrays(self, runs: list[_Runs]) -> None:
+    def _map_arrays(self, runs: list[_Runs], compiled: bool | None) -> None:
         fmt = self.fmt
         segments = [_cut(fmt, run) for run in runs]
-        needed = self._needed(segments)
+        keys = [np.zeros(0, np.uint64) for _ in fmt.levels]
+        for seg in segments:  # a level with contiguous entries has several
+            keys[seg.level] = np.union1d(keys[seg.level], seg.unique) if len(keys[seg.level]) else seg.unique
+        needed = self._needed(keys)
         for seg in segments:  # other sizes may need tables of the same level
             seg.table = np.searchsorted(needed[seg.level].key, seg.unique)[seg.table]
         replaced: list[tuple[int, U64]] = []
         for seg in segments:
             replaced += self._check_free(seg, needed[seg.level])
+        missing = self._allocated(needed)
+        for seg in segments:
+            self._write(seg, needed[seg.level].row, compiled)
+        self._link(needed, missing)
+        self._give_back(replaced)
+
+    def _allocated(self, needed: list[_Needed]) -> list[NDArray[np.intp]]:
+        """Give the tables that are missing memory; which they are, per level."""
+        fmt = self.fmt
         missing = [np.flatnonzero(n.row < 0) for n in needed]
         total = sum(len(m) for m in missing)
         if total:
@@ -399,8 +462,11 @@ class Table:
                 at.row[new] = self._rows(level, at.pa[new])
                 self._clear(level, at.row[new])
                 place += len(new)
-        for seg in segments:
-            self._write(seg, needed[seg.level].row)
+        return missing
+
+    def _link(self, needed: list[_Needed], missing: list[NDArray[np.intp]]) -> None:
+        """Point to the new tables."""
+        fmt = self.fmt
         # The lowest first: what hardware can reach is complete at every moment.
         for level, new in enumerate(missing[:-1]):
             if len(new):
@@ -410,14 +476,13 @@ class Table:
                 index = (key & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
                 items = fmt.table_items(level + 1, needed[level].pa[new])
                 self._words[level + 1][needed[level + 1].row[parent], index] = items
-        self._give_back(replaced)
 
-    def _needed(self, segments: list[_Segments]) -> list[_Needed]:
-        """Tables of every level that the segments go through. :raises AlreadyMapped: a leaf is in the way."""
+    def _needed(self, keys: list[U64]) -> list[_Needed]:
+        """Tables of every level on the way to those with the sorted ``keys``, per level.
+
+        :raises AlreadyMapped: a leaf is in the way.
+        """
         fmt = self.fmt
-        keys = [np.zeros(0, np.uint64) for _ in fmt.levels]
-        for seg in segments:  # a level with contiguous entries has several
-            keys[seg.level] = np.union1d(keys[seg.level], seg.unique) if len(keys[seg.level]) else seg.unique
         for level in range(fmt.top_level):
             up = keys[level] >> np.uint64(fmt.levels[level + 1].index_bits)
             up = up[_firsts(up)]
@@ -468,17 +533,24 @@ class Table:
                 replaced += self._emptied(seg.level, item[busy], iova)
         return replaced
 
-    def _write(self, seg: _Segments, rows: I64) -> None:
+    def _write(self, seg: _Segments, rows: I64, compiled: bool | None) -> None:
         spec = self.fmt.levels[seg.level]
         full = np.flatnonzero(seg.count == spec.items)
         words = self._words[seg.level]
-        if len(full) and self._tm.plains[seg.level] and seg.contig is None and not spec.pa_pieces:
-            first = self.fmt.leaf_items(seg.level, seg.pa[full], seg.prot[full])
-            step = np.uint64((1 << spec.shift) >> spec.pa_shift)
-            ramp = np.arange(spec.items, dtype=np.uint64) * step
+        fast = seg.level == 0 and self._compiled(len(full) * spec.items, compiled)
+        simple = self._tm.plains[seg.level] and seg.contig is None and not spec.pa_pieces
+        if len(full) and (fast or simple):
+            first = self._leaf_words(seg.level, seg.contig, seg.pa[full], seg.prot[full])
             place = rows[seg.table[full]]
-            for n, row in enumerate(place.tolist()):
-                np.add(ramp, first[n], out=words[row])
+            if fast:
+                from iokeep.pt import fill
+
+                fill.ramps(self.fmt, words.view(np.uint64), place, first, seg.contig)
+            else:
+                step = np.uint64((1 << spec.shift) >> spec.pa_shift)
+                ramp = np.arange(spec.items, dtype=np.uint64) * step
+                for n, row in enumerate(place.tolist()):
+                    np.add(ramp, first[n], out=words[row])
             if len(full) == len(seg.count):
                 return
             rest = seg.count != spec.items

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of level 0 written by compiled code; imported only for big maps. The arithmetic is that of
+``sweep``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from iokeep.mem.memory import I64, U64
+from iokeep.pt.extents import Extents
+from iokeep.pt.formats.base import Contig, Format
+from iokeep.pt.kernels import compiled, in_memory_order, over_threads
+
+_ZERO = np.uint64(0)
+_ONE = np.uint64(1)
+_THREE = np.uint64(3)
+_MAX = 2**64 - 1
+
+
+@compiled
+def _ramps(words: U64, row: I64, first: U64, step: np.uint64, group: np.uint64) -> None:
+    """Whole tables: item i is first[t] + (i & group) * step."""
+    size = np.uint64(words.shape[1])
+    for t in range(len(row)):
+        table = words[row[t]]
+        word = first[t]
+        for i in range(size):
+            table[i] = word + (i & group) * step
+
+
+@compiled
+def _pages(
+    words: U64, row: I64, begin: I64, stop: I64, extent: I64, start: U64, e: tuple[U64, ...], masks: U64
+) -> bool:
+    """Tables of single pages that follow each other in IOVA: items begin[t] ... stop[t] - 1 are the extents
+    from ``extent[t]`` on, the first of them at ``start[t]``. :return: all extents are such pages.
+
+    :param e: columns iova, last, pa, prot. :param masks: log2 of a page, its bytes less 1, pa bits that
+        cannot be said, shift of the pa; c, x, y: permission bits are c ^ (x where it reads) ^ (y where it
+        writes).
+    """
+    shift, small, outside, pa_shift = masks[0], masks[1], masks[2], masks[3]
+    always, reads, writes = masks[4], masks[5], masks[6]
+    odd = _ZERO
+    for t in range(len(row)):
+        table = words[row[t]][begin[t] : stop[t]]
+        n = stop[t] - begin[t]
+        iova, last = e[0][extent[t] : extent[t] + n], e[1][extent[t] : extent[t] + n]
+        pa, prot = e[2][extent[t] : extent[t] + n], e[3][extent[t] : extent[t] + n]
+        at = start[t]
+        for i in range(np.uint64(n)):
+            p = np.uint64(prot[i])
+            to = pa[i]
+            want = at + (i << shift)
+            odd |= (iova[i] ^ want) | (last[i] ^ (want + small)) | (to & (small | outside))
+            odd |= (p & ~_THREE) | ((p - _ONE) >> shift)
+            table[i] = (
+                (to >> pa_shift) ^ always ^ (reads & (_ZERO - (p & _ONE))) ^ (writes & (_ZERO - (p >> _ONE)))
+            )
+        if odd != _ZERO:
+            return False
+    return True
+
+
+def ramps(fmt: Format, words: U64, row: I64, first: U64, contig: Contig | None) -> None:
+    """Write whole tables of level 0 that begin with ``first``, of single items or of contiguous entries.
+
+    :param words: all memory, uint64[rows, items].
+    """
+    spec = fmt.levels[0]
+    same = 1 if contig is None or not contig.replicated else 1 << contig.lg2
+    place, rows = in_memory_order(row)
+    heads = first[place]
+    step, group = np.uint64((1 << spec.shift) >> spec.pa_shift), np.uint64(-same & _MAX)
+
+    def work(a: int, b: int) -> None:
+        _ramps(words, rows[a:b], heads[a:b], step, group)
+
+    over_threads(work, len(rows), fmt.table_bytes)
+
+
+def in_line(fmt: Format, e: Extents) -> bool:
+    """Whether extents may be single pages of neighbouring IOVAs, by a look at the ends: see :func:`pages`."""
+    shift, n = fmt.levels[0].shift, len(e)
+    first, last = int(e.iova[0]), int(e.last[-1])
+    covered = fmt.covers(first) and fmt.covers(last) and (first ^ last) >> 63 == 0
+    return covered and first & ((1 << shift) - 1) == 0 and last - first == (n << shift) - 1
+
+
+def pages(fmt: Format, words: U64, row: I64, e: Extents) -> bool:
+    """Write the items of extents for which :func:`in_line` holds into fresh tables of level 0.
+
+    :param row: of the tables, in order of IOVA. :return: False = they are no such pages; the tables then
+        hold anything.
+    """
+    spec = fmt.levels[0]
+    small = (1 << spec.shift) - 1
+    outside = ~spec.leaf_pa(_MAX) & _MAX & ~small
+    bits = [value | spec.leaf_base for value in spec.prot_bits]
+    perms = [bits[1] ^ bits[2] ^ bits[3], bits[3] ^ bits[2], bits[3] ^ bits[1]]
+    masks = np.array([spec.shift, small, outside, spec.pa_shift, *perms], np.uint64)
+    offset = (int(e.iova[0]) >> spec.shift) & (spec.items - 1)
+    extent = np.maximum(np.arange(len(row), dtype=np.int64) * spec.items - offset, 0)
+    after = np.append(extent[1:], len(e))
+    begin = np.zeros(len(row), np.int64)
+    begin[0] = offset
+    start = e.iova[0] + (extent.view(np.uint64) << np.uint64(spec.shift))
+    stop = begin + (after - extent)
+    columns = (e.iova, e.last, e.pa, e.prot)
+    sound: list[bool] = []
+
+    def work(a: int, b: int) -> None:
+        part = (begin[a:b], stop[a:b], extent[a:b], start[a:b])
+        sound.append(_pages(words, row[a:b], *part, columns, masks))
+
+    over_threads(work, len(row), 4 * fmt.table_bytes)
+    return all(sound)
