@@ -269,7 +269,7 @@ def test_no_signed_word_and_no_float(new_table):
 
 
 def test_without_a_compiler_the_same_code_runs():
-    """NUMBA_DISABLE_JIT=1: the kernels are plain Python."""
+    """NUMBA_DISABLE_JIT=1: the kernels are plain Python, and no warning tells of words that wrap."""
     code = (
         "import numpy as np\n"
         "from iokeep.mem.ram import Ram\n"
@@ -284,14 +284,21 @@ def test_without_a_compiler_the_same_code_runs():
         "t = Table.create(fmt, ram, alloc, lambda pas: None)\n"
         "want = Extents.of([(0, (5 << 20) - 1, 1 << 63 >> 20, 3)]"
         " + [((8 << 20) + n * 4096, (8 << 20) + n * 4096 + 4095, (n ^ 5) << 12, 1) for n in range(512)])\n"
-        "t.map(want, max_lg2=12)\n"
+        "t.map(want, max_lg2=12, compiled=True)\n"
         "assert verify(fmt, ram, t.root_pa, want, compiled=True).equal\n"
+        "from iokeep.pt.diff import diff\n"
+        "from iokeep.pt.digest import digest, digest_extents\n"
+        "from iokeep.pt.leaves import extents\n"
+        "assert diff(fmt, ram, t.root_pa, fmt, ram, t.root_pa, compiled=True).equal\n"
+        "found = extents(fmt, ram, t.root_pa, compiled=True)[0]\n"
+        "assert found.mapped_bytes == want.mapped_bytes\n"
+        "assert digest(fmt, ram, t.root_pa, bytes(16), compiled=True) == digest_extents(want, bytes(16))\n"
         "from iokeep.pt.walk import walk\n"
         "ram.store64(walk(fmt, ram, t.root_pa, 0x5000).steps[-1][1], 0)\n"
         "assert not verify(fmt, ram, t.root_pa, want, compiled=True).equal\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", code],
         capture_output=True, text=True, check=False, env={**os.environ, "NUMBA_DISABLE_JIT": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

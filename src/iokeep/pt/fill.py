@@ -31,9 +31,9 @@ def _ramps(words: U64, row: I64, first: U64, step: np.uint64, group: np.uint64) 
 
 @compiled
 def _pages(
-    words: U64, row: I64, begin: I64, stop: I64, extent: I64, start: U64, e: tuple[U64, ...], masks: U64
+    words: U64, row: I64, opens: I64, closes: I64, extent: I64, start: U64, e: tuple[U64, ...], masks: U64
 ) -> bool:
-    """Tables of single pages that follow each other in IOVA: items begin[t] ... stop[t] - 1 are the extents
+    """Tables of single pages that follow each other in IOVA: items opens[t] ... closes[t] - 1 are the extents
     from ``extent[t]`` on, the first of them at ``start[t]``. :return: all extents are such pages.
 
     :param e: columns iova, last, pa, prot. :param masks: log2 of a page, its bytes less 1, pa bits that
@@ -44,8 +44,8 @@ def _pages(
     always, reads, writes = masks[4], masks[5], masks[6]
     odd = _ZERO
     for t in range(len(row)):
-        table = words[row[t]][begin[t] : stop[t]]
-        n = stop[t] - begin[t]
+        table = words[row[t]][opens[t] : closes[t]]
+        n = closes[t] - opens[t]
         iova, last = e[0][extent[t] : extent[t] + n], e[1][extent[t] : extent[t] + n]
         pa, prot = e[2][extent[t] : extent[t] + n], e[3][extent[t] : extent[t] + n]
         at = start[t]

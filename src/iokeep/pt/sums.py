@@ -38,10 +38,9 @@ def _alike(
         sum_x, sum_y, differ = _ZERO, _ZERO, _ZERO
         for i in range(size):
             item = table[i]
+            n = (item & pa_mask) >> down
             differ |= item ^ first
-            sum_x += k[i] * ((item & pa_mask) >> down)
-        for i in range(size):  # of the cache: two simple loops stream better than one
-            n = (table[i] & pa_mask) >> down
+            sum_x += k[i] * n
             sum_y += m[i] * (((n & _LOW) << _FOLD) + (n >> _FOLD))
         head[t] = first
         odd[t] = differ & same
