@@ -16,6 +16,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from iokeep.mem.arrays import unique
 from iokeep.mem.memory import I64, U8, U64, Memory
 from iokeep.pt.compare import Spans, clip
 from iokeep.pt.extents import Extents
@@ -152,7 +153,7 @@ def overlaps(
         pb, b_first, b_end, _ = clip(start, after - 1, b_iova, b_last)
         if not len(a_first) or not len(b_first):
             continue
-        cuts = np.unique(np.concatenate((a_first, b_first)))
+        cuts = unique(a_first, b_first)
         ia = np.searchsorted(a_first, cuts, side="right") - 1
         ib = np.searchsorted(b_first, cuts, side="right") - 1
         some = (ia >= 0) & (ib >= 0)

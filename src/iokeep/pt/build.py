@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iokeep.errors import MemoryAbsent
+from iokeep.mem.arrays import unique
 from iokeep.mem.memory import I64, U8, U64, Rows, WritableMemory
 from iokeep.pt.extents import Extents
 from iokeep.pt.formats.base import Contig, Format
@@ -226,8 +227,9 @@ class Table:
         if not len(extents):
             return
         if len(extents) >= _SMALL_ITEMS and self._compiled(len(extents), compiled):
-            sizes = _sizes(self.fmt, max_lg2)
-            if sizes[-1][:2] == (0, self.fmt.levels[0].shift) and self._map_pages(extents):
+            page = self.fmt.levels[0].shift
+            single = page in self.fmt.levels[0].lg2s and (max_lg2 is None or max_lg2 >= page)
+            if single and self._map_pages(extents):
                 return
         iova, length = self._checked(extents)
         items = (
@@ -267,7 +269,7 @@ class Table:
         keys += [np.zeros(0, np.uint64) for _ in fmt.levels[1:]]
         try:
             needed = self._needed(keys)
-        except AlreadyMapped:  # if they are sound at all: the general way says what is wrong first
+        except (ValueError, MemoryAbsent):  # the general way says what is wrong, and with what first
             return False
         if int(needed[0].row.max()) >= 0:
             return False
@@ -433,7 +435,7 @@ class Table:
         segments = [_cut(fmt, run) for run in runs]
         keys = [np.zeros(0, np.uint64) for _ in fmt.levels]
         for seg in segments:  # a level with contiguous entries has several
-            keys[seg.level] = np.union1d(keys[seg.level], seg.unique) if len(keys[seg.level]) else seg.unique
+            keys[seg.level] = unique(keys[seg.level], seg.unique) if len(keys[seg.level]) else seg.unique
         needed = self._needed(keys)
         for seg in segments:  # other sizes may need tables of the same level
             seg.table = np.searchsorted(needed[seg.level].key, seg.unique)[seg.table]
@@ -486,7 +488,7 @@ class Table:
         for level in range(fmt.top_level):
             up = keys[level] >> np.uint64(fmt.levels[level + 1].index_bits)
             up = up[_firsts(up)]
-            keys[level + 1] = np.union1d(keys[level + 1], up) if len(keys[level + 1]) else up
+            keys[level + 1] = unique(keys[level + 1], up) if len(keys[level + 1]) else up
         root = np.array([self.root_pa], np.uint64)
         out = [_Needed(np.zeros(1, np.uint64), root, self._rows(fmt.top_level, root))]
         for level in range(fmt.top_level - 1, -1, -1):
@@ -765,7 +767,7 @@ class Table:
         """Pas of every table, sorted, the root included."""
         upper = descend(self._tm, self.root_pa)
         raise_unreadable(self.fmt, upper.problems)
-        return np.unique(np.concatenate(upper.pages))
+        return unique(*upper.pages)
 
     def free_all(self) -> None:
         """Give every table, the root included, to ``free``; the table is of no use afterwards."""
@@ -775,7 +777,7 @@ class Table:
         upper = descend(self._tm, self.root_pa)
         raise_unreadable(self.fmt, upper.problems)
         top = self.fmt.top_level
-        self._give_back([(top - n, np.unique(pas)) for n, pas in enumerate(upper.pages) if len(pas)])
+        self._give_back([(top - n, unique(pas)) for n, pas in enumerate(upper.pages) if len(pas)])
 
 
 #: level, contiguous entry, raw iova, items, pa, prot

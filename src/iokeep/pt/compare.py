@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from iokeep.mem.arrays import unique
 from iokeep.pt.extents import PROT_TEXT, U8, U64, Extents
 from iokeep.pt.tables import ABSENT, ATTRS, CONTIG, LOOP, REASONS, RESERVED
 
@@ -205,7 +206,7 @@ def _judge(
     cuts = np.concatenate(
         [np.array([start], np.uint64), *(a for a, _ in sides), *(b[b != _MAX] + _ONE for _, b in sides)]
     )
-    cuts = np.unique(cuts)
+    cuts = unique(cuts)
     cuts = cuts[(cuts >= np.uint64(start)) & (cuts <= np.uint64(last))]
     ends = np.concatenate((cuts[1:] - _ONE, np.array([last], np.uint64)))
     ei, has_e = find(e.iova, e.last, cuts)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from iokeep.mem.arrays import unique
 from iokeep.mem.memory import U64, Memory
 from iokeep.pt.formats.base import Bits, Contig, Format, LevelSpec
 from iokeep.pt.gate_profiles import PROFILES, Allowed
@@ -116,7 +117,7 @@ def describe(fmt: Format, mem: Memory, root_pa: int) -> Descriptor:
     unknown: dict[tuple[int, str], int] = {}
     for depth, visited in enumerate(upper.pages):
         level = fmt.top_level - depth
-        pas = np.unique(visited)
+        pas = unique(visited)
         for lo in range(0, len(pas), CHUNK):
             if depth == 0:
                 flat = tm.root(root_pa).reshape(-1)

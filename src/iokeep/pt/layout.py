@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from iokeep.mem.arrays import unique
 from iokeep.mem.memory import Memory
 from iokeep.pt.build import choose_leaves
 from iokeep.pt.compare import LayoutRange, clip
@@ -101,7 +102,7 @@ def compare_layouts(a: Layout, b: Layout, limit: int) -> tuple[list[LayoutRange]
         pb, b_first, b_last, _ = clip(start, after - 1, b.iova, b.last)
         if not len(a_first) or not len(b_first):
             continue
-        cuts = np.unique(np.concatenate((a_first, b_first)))
+        cuts = unique(a_first, b_first)
         ia = np.searchsorted(a_first, cuts, side="right") - 1
         ib = np.searchsorted(b_first, cuts, side="right") - 1
         some = (ia >= 0) & (ib >= 0)

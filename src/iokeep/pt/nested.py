@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iokeep.errors import InputError, MemoryAbsent
+from iokeep.mem.arrays import unique
 from iokeep.mem.capture import PageMemory
 from iokeep.mem.memory import I64, U8, U64, Memory, Rows
 from iokeep.pt.attributes import (
@@ -242,7 +243,7 @@ class StageTwoMemory:
 
         :raises InputError: more pages than memory has: one page is there by very many gpas.
         """
-        gpas = np.unique(gpas)
+        gpas = unique(gpas)
         hosts, ok = self.translate(gpas)
         rows = self.mem.rows(_PAGE)
         at = np.where(ok, rows.index(hosts), -1)
@@ -513,7 +514,7 @@ class Nested:
             twice = self._twice(tm, upper)
             if not len(twice):
                 return tm, upper
-            guest.banned = np.union1d(guest.banned, twice)
+            guest.banned = unique(guest.banned, twice)
 
     def _absent_tables(self, problems: Problems) -> tuple[U64, U8]:
         """Gpas and levels of the tables that are said to be absent."""
@@ -540,7 +541,7 @@ class Nested:
         for n, gpas in enumerate(upper.pages):
             if not len(gpas):
                 continue
-            gpas = np.unique(gpas)
+            gpas = unique(gpas)
             hosts, _ = self.guest.translate(units_of(tm, self.fmt.top_level - n, gpas))
             at = np.searchsorted(last, hosts)
             hit = (at < len(first)) & (first[np.minimum(at, len(first) - 1)] <= hosts + unit)
@@ -553,7 +554,7 @@ class Nested:
                 hit |= np.isin(hosts, seen)
             if hit.any():
                 return gpas[hit.reshape(len(gpas), -1).any(axis=1)]
-            seen = np.union1d(seen, hosts)
+            seen = unique(seen, hosts)
         return np.zeros(0, np.uint64)
 
     def _compose(self, *, attributes: bool = False) -> tuple[Extents, NestedProblems, Upper]:
@@ -719,7 +720,7 @@ def _ranges(fmt: Format, upper: Upper) -> tuple[U64, U64]:
     """Memory that tables are in: closed ranges, sorted by both ends."""
     first, last = [], []
     for n, pas in enumerate(upper.pages):
-        first.append(np.unique(pas))
+        first.append(unique(pas))
         last.append(first[-1] + np.uint64(fmt.bytes_of(fmt.top_level - n) - 1))
     return np.sort(np.concatenate(first)), np.sort(np.concatenate(last))
 
@@ -729,7 +730,7 @@ def _pages(gpas: U64, size: int) -> U64:
     first = gpas & ~np.uint64(_PAGE - 1)
     steps = np.arange(max(size // _PAGE, 1), dtype=np.uint64) * np.uint64(_PAGE)
     pages: U64 = (first[:, None] + steps).reshape(-1)
-    return np.unique(pages)
+    return unique(pages)
 
 
 def _unwrapped(e: Extents) -> Extents:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from iokeep.mem.arrays import unique
 from iokeep.mem.memory import I64, U8, U64, Memory
 from iokeep.pt.compare import PROT, TEXTS, Mismatch
 from iokeep.pt.formats.base import Format
@@ -161,7 +162,7 @@ def _looped(tm: TableMemory, upper: Upper, found: _Found) -> U64:
             below[(items & np.uint64(mask)) == np.uint64(value)] = target
         for target in np.unique(below).tolist():
             units.append(units_of(tm, target, spec.table_pas(items[below == target])))
-    return np.unique(np.concatenate(units))
+    return unique(*units)
 
 
 def _shared(tm: TableMemory, level: int, pa: U64, looped: U64) -> NDArray[np.bool_] | None:
@@ -172,7 +173,7 @@ def _shared(tm: TableMemory, level: int, pa: U64, looped: U64) -> NDArray[np.boo
         unit = min(tm.fmt.bytes_of(n) for n in range(max(tm.fmt.top_level, 1))).bit_length() - 1
         if distinct((units >> np.uint64(unit)).view(np.int64)) != len(units):
             ordered = np.sort(units)
-            bad = np.union1d(bad, ordered[1:][ordered[1:] == ordered[:-1]])
+            bad = unique(bad, ordered[1:][ordered[1:] == ordered[:-1]])
     if not len(bad):
         return None
     twice: NDArray[np.bool_] = np.isin(units, bad)
@@ -242,7 +243,7 @@ def crossing(fmt: Format, mem: Memory, root_pa: int, cuts: U64) -> Leaves:
     :raises MemoryAbsent, InputError: the root is absent, or not aligned.
     """
     tm = TableMemory(fmt, mem)
-    cuts = np.unique(cuts)
+    cuts = unique(cuts)
     raw = cuts[fmt.covers_array(cuts)] & np.uint64(((1 << fmt.input_lg2) - 1) & (2**64 - 1))
     pa = np.full(len(raw), root_pa, np.uint64)
     prot = np.full(len(raw), 3, np.uint8)

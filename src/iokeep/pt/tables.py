@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iokeep.errors import InputError, MemoryAbsent
+from iokeep.mem.arrays import unique
 from iokeep.mem.memory import I64, U8, U64, Memory, Rows
 from iokeep.pt.formats.base import Format, LevelSpec, any_of
 
@@ -655,7 +656,7 @@ def descend(
         pages.append(pa)
         bases.append(base)
         prots.append(prot)
-        seen = np.union1d(seen, units_of(tm, level - 1, pa)) if level > 1 else seen
+        seen = unique(seen, units_of(tm, level - 1, pa)) if level > 1 else seen
     if fmt.top_level == 0:  # a tree of one table: the root is level 0
         tm.root(root_pa)
         row = tm.index(0, pa)
@@ -673,7 +674,7 @@ def distinct(rows: I64) -> int:
     low = int(rows.min())
     span = int(rows.max()) - low + 1
     if span > 16 * len(rows):
-        return len(np.unique(rows))
+        return len(unique(rows))
     there = np.zeros(span, np.bool_)
     there[rows - low] = True
     return int(np.count_nonzero(there))
@@ -769,4 +770,4 @@ def table_pages(fmt: Format, mem: Memory, root_pa: int) -> U64:
     """
     upper = descend(TableMemory(fmt, mem), root_pa)
     raise_unreadable(fmt, upper.problems)
-    return np.unique(np.concatenate(upper.pages))
+    return unique(*upper.pages)

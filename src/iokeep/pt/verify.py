@@ -23,6 +23,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from iokeep.mem.arrays import unique
 from iokeep.mem.memory import I64, U8, U64, Memory
 from iokeep.pt.attributes import Differences, compare_flags, judged, table_traits
 from iokeep.pt.build import choose_leaves
@@ -620,14 +621,7 @@ def _judge_rest(
     opaque, attrs = spans(fmt, upper.problems, False), spans(fmt, upper.problems, True)
     # Windows begin at every _WINDOW_TABLES-th unproved table and every _WINDOW_EXTENTS-th extent, and skip
     # what is proved: a proved range may be touched by extents that go beyond it.
-    cuts = np.unique(
-        np.concatenate(
-            (
-                t_base[::_WINDOW_TABLES],
-                e.iova[::_WINDOW_EXTENTS] & ~np.uint64(span - 1),
-            )
-        )
-    )
+    cuts = unique(t_base[::_WINDOW_TABLES], e.iova[::_WINDOW_EXTENTS] & ~np.uint64(span - 1))
     starts = [begin, *(cut for cut in cuts.tolist() if begin < cut <= end)]
     for start, after in zip(starts, [*starts[1:], end + 1], strict=True):
         last = after - 1
