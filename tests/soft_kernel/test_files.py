@@ -7,6 +7,8 @@ import os
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from soft_machine import MIB, RW, Caller, boot, refused, settled
 
 from iokeep.soft.kernel.files import (
@@ -305,6 +307,41 @@ def test_listed_placement_of_a_memfd(tmp_path):
     c.fallocate(m, PUNCH, 0, 8192)
     c.fallocate(m, 0, 0, 8192)
     assert c.process.file(m).pfns.tolist() == wanted.tolist()
+    settled(kernel)
+
+
+@settings(max_examples=40)
+@given(
+    placement=st.sampled_from(["contiguous", "2m-scattered", "4k-random"]),
+    steps=st.lists(
+        st.tuples(
+            st.sampled_from(["look", "write", "punch", "resize"]), st.integers(0, 700), st.integers(1, 700)
+        ),
+        max_size=12,
+    ),
+)
+def test_runs_are_what_the_pages_are(placement, steps):
+    """Whatever comes and goes: the runs of frames are those of the pages, holes filled."""
+    kernel = boot(placement=placement)
+    c = Caller(kernel)
+    m = c.memfd(size=700 * 4096)
+    file = c.process.file(m)
+    for what, first, n in [*steps, ("look", 0, 700)]:
+        last = min(first + n, file.n_pages) - 1
+        if what == "look" and first <= last:
+            runs = file.runs(first, last)
+            assert runs.pfns().tolist() == file.pfns[first : last + 1].tolist()
+            assert (file.pfns[first : last + 1] >= 0).all()
+            joins = runs.first[1:] == (runs.first + runs.count)[:-1]
+            assert not joins.any()
+        elif what == "write" and first <= last:
+            c.pwrite(m, b"x", first * 4096)
+        elif what == "punch" and first <= last:
+            c.fallocate(m, PUNCH, first * 4096, n * 4096)
+        elif what == "resize":
+            c.ftruncate(m, first * 4096)
+    with refused(errno.EFAULT):
+        file.runs(0, file.n_pages)
     settled(kernel)
 
 

@@ -3,6 +3,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from iokeep.errors import UsageError
 from iokeep.mem.ram import Ram
@@ -13,6 +15,7 @@ from iokeep.soft.kernel.frames import (
     TAG_KERNEL,
     Claim,
     FrameAllocator,
+    FrameRuns,
     Kind,
     OutOfMemory,
 )
@@ -55,6 +58,29 @@ def test_alloc_zeroes_unless_told_not_to(frames):
     frames.put(np.array([pfn]))
     again = frames.alloc(frames.n_free, 21, Kind.KERNEL)
     assert not frames.words[again].any()
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 5)), max_size=20))
+def test_runs_of_frames(runs):
+    pfns = np.array([a + n for a, count in runs for n in range(count)], np.int64)
+    found = FrameRuns.of(pfns)
+    assert found.pfns().tolist() == pfns.tolist()
+    assert found.total == len(pfns)
+    assert not (found.first[1:] == (found.first + found.count)[:-1]).any()
+    parts = [FrameRuns.of(np.arange(a, a + count)) for a, count in runs]
+    assert FrameRuns.join(parts).pfns().tolist() == pfns.tolist()
+
+
+@pytest.mark.parametrize("length", [1, 300])
+def test_runs_are_pinned_as_their_frames(frames, length):
+    taken = np.concatenate([frames.alloc(length, 77, Kind.MEMFD) for _ in range(3)])
+    frames.pin(taken[:1])
+    frames.pin_runs(FrameRuns.of(taken))
+    assert frames.pin_count[taken].tolist() == [2] + [1] * (len(taken) - 1)
+    clean(frames, Claim("t", taken, tag=77), Claim("p", taken, pins=1), Claim("q", taken[:1], pins=1))
+    frames.unpin(taken)
+    frames.unpin(taken[:1])
+    clean(frames, Claim("t", taken, tag=77))
 
 
 def test_orders_are_aligned_and_whole(frames):

@@ -10,6 +10,8 @@ from iokeep.iommufd.client import NotEqual
 from iokeep.pt.digest import digest
 from iokeep.pt.walk import walk
 from iokeep.soft.kernel import adopt as adopt_module
+from iokeep.soft.kernel.files import PageFile
+from iokeep.soft.kernel.frames import FrameRuns
 
 STILL = {"sweep_rate": 0}
 TOTAL = sum(length for _, length, _, _ in AREAS)
@@ -34,10 +36,13 @@ def test_whatever_the_leaves_are(hosts, placement, mode, monkeypatch):
     after.replay()
 
     def never(*args, **kw):
-        raise AssertionError("a table is read")
+        raise AssertionError("a table is read, or a page is looked at")
 
     with monkeypatch.context() as patch:
         patch.setattr(adopt_module, "verify", never)
+        patch.setattr(PageFile, "fault", never)
+        patch.setattr(FrameRuns, "pfns", never)
+        patch.setattr(FrameRuns, "of", never)
         found = after.iommufd.adopt(after.ioas.id, HWPT_TOKEN, sealed=True, validate_only=True)
         assert (found.hwpt_id, found.pages, found.table_bytes) == (0, TOTAL >> 12, 0)
         after.hwpt = after.iommufd.adopt(after.ioas.id, HWPT_TOKEN, sealed=True).hwpt_id

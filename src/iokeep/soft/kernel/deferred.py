@@ -44,6 +44,7 @@ _LOGGED = 16
 
 def expected_extents(ioas: Ioas, start: int = 0, last: int = ULONG_MAX, *, stored: bool = False) -> Extents:
     """What a table of this IOAS must hold in [start, last]: the PFNs of its areas, from their origin.
+    O(areas) and O(runs of consecutive frames) behind them.
 
     Extents of areas that reach beyond are cut at page boundaries.
 
@@ -55,7 +56,7 @@ def expected_extents(ioas: Ioas, start: int = 0, last: int = ULONG_MAX, *, store
         if stored and area.storage is None:
             continue
         first, end = area.pages_in(start, last)
-        parts.append(area.extents(area.pages.lookup(first, end), first))
+        parts.append(area.extents(area.pages.runs(first, end), first))
     if not parts:
         return Extents.empty()
     return Extents(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from iokeep.soft.kernel.frames import BLOCK, FRAME_BYTES, I64, Claim, Kind, OutOfMemory
+from iokeep.soft.kernel.frames import BLOCK, FRAME_BYTES, I64, Claim, FrameRuns, Kind, OutOfMemory
 from iokeep.soft.kernel.placement import Placement
 from iokeep.soft.kernel.process import Backing, Process, Vma, backing_of
 from iokeep.soft.kernel.syserror import SysError
@@ -43,6 +43,8 @@ FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
 #: MAX_LFS_FILESIZE on 64 bit
 MAX_FILE_BYTES = 2**63 - 1
+#: runs of consecutive frames are found for the whole file where more than one of so many pages is asked for
+_SHARE = 8
 #: bytes that one pread or pwrite moves (MAX_RW_COUNT)
 MAX_RW_BYTES = 0x7FFFF000
 
@@ -240,6 +242,8 @@ class PageFile(File):
         self.placement = placement
         self.pfns: I64 = np.zeros(0, np.int64)
         self._plan: I64 = np.zeros(0, np.int64)
+        #: where runs of pages with consecutive frames begin, and their first frames; None = to be found
+        self._runs: tuple[I64, I64] | None = None
         self._size = 0
 
     @property
@@ -282,6 +286,34 @@ class PageFile(File):
             self._fill(holes + first)
         return self.pfns[first : last + 1].copy()
 
+    def runs(self, first: int, last: int) -> FrameRuns:
+        """As :meth:`fault`, as runs of frames. O(runs), not O(pages), while no page comes or goes.
+
+        :raises SysError: as :meth:`fault`.
+        """
+        if first < 0 or last >= len(self.pfns) or first > last:
+            raise SysError(errno.EFAULT, f"{self.name}: pages {first} ... {last} of {len(self.pfns)}")
+        if self._runs is None and (last - first + 1) * _SHARE < len(self.pfns):
+            return FrameRuns.of(self.fault(first, last))  # less work than to go through the file
+        starts, pfns = self._run_index()
+        a = int(np.searchsorted(starts, first, side="right")) - 1
+        b = int(np.searchsorted(starts, last, side="right"))
+        if int(pfns[a:b].min()) < 0:
+            return FrameRuns.of(self.fault(first, last))
+        begin, pfn = starts[a:b].copy(), pfns[a:b].copy()
+        pfn[0] += first - int(begin[0])
+        begin[0] = first
+        return FrameRuns(pfn, np.diff(begin, append=last + 1))
+
+    def _run_index(self) -> tuple[I64, I64]:
+        if self._runs is None:
+            # Pages of a run have one distance to their frames; holes have one that none has.
+            distance = self.pfns - np.arange(len(self.pfns))
+            distance[self.pfns < 0] = -(1 << 62)
+            starts = np.flatnonzero(np.diff(distance, prepend=distance[:1] - 1))
+            self._runs = starts, self.pfns[starts]
+        return self._runs
+
     def _fill(self, pages: I64) -> None:
         frames = self.kernel.frames
         wanted = self._plan[pages]
@@ -310,6 +342,7 @@ class PageFile(File):
             raise SysError(errno.ENOMEM, f"{self.name}: {error}") from error
         frames.words[wanted] = 0
         self.pfns[pages] = wanted
+        self._runs = None
 
     def _whole_blocks(self, pages: I64, wanted: I64) -> I64 | None:
         """Pages to fill at once: a 2 MiB block comes as one huge page, as with shmem's huge=within_size."""
@@ -332,6 +365,7 @@ class PageFile(File):
         """Set the size: frees pages past the end, zeroes the tail of the last one, plans new ones."""
         frames = self.kernel.frames
         old, new = len(self.pfns), -(-size // FRAME_BYTES)
+        self._runs = None
         if new > old:
             try:
                 plan = self.placement.plan(frames, new - old, old)
@@ -365,6 +399,8 @@ class PageFile(File):
         self._plan = np.full(n, -1, np.int64)
         self._plan[pages] = pfns
         self._size = size
+        self._runs = None
+        self._run_index()  # now, and not when an IOAS is adopted
 
     def read_bytes(self, offset: int, length: int) -> bytes:
         """Bytes of the file (holes read as zeros), not past its end."""
@@ -529,6 +565,7 @@ class Memfd(PageFile):
             frames = self.kernel.frames
             gone = self.pfns[first : last + 1].copy()
             self.pfns[first : last + 1] = -1
+            self._runs = None
             frames.put(gone[gone >= 0])
             plan = self._plan[first : last + 1]
             frames.planned[plan[frames.kind[plan] == Kind.FREE]] = True

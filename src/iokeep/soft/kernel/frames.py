@@ -35,6 +35,8 @@ BLOCK = 512
 FIRMWARE_FRAMES = 256
 #: byte that fills freed frames. Four of them are no sensible item of any table format, address or counter.
 POISON = 0x5F
+#: runs of so many frames are worked on one by one, shorter ones frame by frame
+_LONG_RUN = 64
 #: free frames that a refill of the kernel's own pool looks through at a time
 _POOL_SCAN = 65536
 
@@ -132,6 +134,46 @@ def pas_of(pfns: I64) -> U64:
 def pfns_of(pas: U64) -> I64:
     """Frame numbers (int64) of physical addresses."""
     return (pas >> np.uint64(FRAME_SHIFT)).astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class FrameRuns:
+    """Frames in the order of what shows them, as runs of consecutive ones: pfn ``first`` int64[n] and
+    ``count`` int64[n] of each, at least 1.
+    """
+
+    first: I64
+    count: I64
+
+    @classmethod
+    def of(cls, pfns: I64) -> FrameRuns:
+        """The longest runs of frames that are listed one by one."""
+        at = np.flatnonzero(np.diff(pfns, prepend=pfns[:1] - 2) != 1)
+        return cls(pfns[at], np.diff(at, append=len(pfns)))
+
+    @classmethod
+    def join(cls, parts: list[FrameRuns]) -> FrameRuns:
+        """One after the other; neighbours are not joined."""
+        if len(parts) == 1:
+            return parts[0]
+        none = [np.zeros(0, np.int64)]
+        return cls(
+            np.concatenate(none + [p.first for p in parts]), np.concatenate(none + [p.count for p in parts])
+        )
+
+    @property
+    def total(self) -> int:
+        """Number of frames."""
+        return int(self.count.sum())
+
+    def pfns(self) -> I64:
+        """The frames one by one."""
+        if len(self.first) == 1:
+            return np.arange(int(self.first[0]), int(self.first[0] + self.count[0]), dtype=np.int64)
+        end = np.cumsum(self.count)
+        pfns: I64 = np.repeat(self.first - (end - self.count), self.count)
+        pfns += np.arange(len(pfns))
+        return pfns
 
 
 class FrameAllocator:
@@ -342,6 +384,15 @@ class FrameAllocator:
         """Pin each frame for DMA: one pin, which is a reference too."""
         np.add.at(self.ref, pfns, 1)
         np.add.at(self.pin_count, pfns, 1)
+
+    def pin_runs(self, runs: FrameRuns) -> None:
+        """:meth:`pin` of frames that are each in one run only."""
+        if runs.total < _LONG_RUN * len(runs.first):
+            self.pin(runs.pfns())
+            return
+        for first, count in zip(runs.first.tolist(), runs.count.tolist(), strict=True):
+            self.ref[first : first + count] += 1
+            self.pin_count[first : first + count] += 1
 
     def unpin(self, pfns: I64) -> None:
         """Undo one pin on each frame, without asking whether it is right.

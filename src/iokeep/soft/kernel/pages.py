@@ -18,7 +18,7 @@ import numpy as np
 from iokeep.mem.ranges import Range, RangeSet, merge, subtract
 from iokeep.pt.extents import Extents
 from iokeep.soft.kernel.files import File, PageFile
-from iokeep.soft.kernel.frames import FRAME_BYTES, FRAME_SHIFT, I64, U64, Claim, pas_of, pfns_of
+from iokeep.soft.kernel.frames import FRAME_BYTES, FRAME_SHIFT, I64, U64, Claim, FrameRuns, pas_of, pfns_of
 from iokeep.soft.kernel.process import Process
 from iokeep.soft.kernel.syserror import SysError
 
@@ -90,6 +90,10 @@ class Pages:
     # ---- PFNs
 
     def lookup(self, first: int, last: int) -> I64:
+        """As :meth:`runs`, frame by frame."""
+        return self.runs(first, last).pfns()
+
+    def runs(self, first: int, last: int) -> FrameRuns:
         """Frames of pages ``first`` ... ``last`` at their origin, holes filled, nothing pinned.
 
         :raises SysError: EINVAL not a memory file, or past its end (memfd_pin_folios); EFAULT bad user
@@ -107,7 +111,7 @@ class Pages:
                     f"{memfd.name}: bytes {at:#x} ... {at + n * FRAME_BYTES - 1:#x} are past its end "
                     f"at {memfd.size:#x}",
                 )
-            return memfd.fault(at >> FRAME_SHIFT, (at >> FRAME_SHIFT) + n - 1)
+            return memfd.runs(at >> FRAME_SHIFT, (at >> FRAME_SHIFT) + n - 1)
         process = self.process
         if process is None or self.kernel.processes.get(process.pid) is not process:
             raise SysError(errno.EFAULT, "the process that mapped this memory is gone")
@@ -115,8 +119,8 @@ class Pages:
         for file, offset, length in process.resolve(
             self.uptr + first * FRAME_BYTES, n * FRAME_BYTES, write=self.writable
         ):
-            parts.append(file.fault(offset >> FRAME_SHIFT, (offset + length - 1) >> FRAME_SHIFT))
-        return np.concatenate(parts)
+            parts.append(file.runs(offset >> FRAME_SHIFT, (offset + length - 1) >> FRAME_SHIFT))
+        return FrameRuns.join(parts)
 
     def unpinned(self, first: int, last: int) -> list[Range]:
         """The page numbers of ``first`` ... ``last`` that no stored area has pinned."""
@@ -224,21 +228,20 @@ class Area:
         self.storage.need(*self.span(first, last))
         return pfns_of(self.storage.iova_to_phys(self.iovas(first, last)))
 
-    def extents(self, pfns: I64, first: int | None = None) -> Extents:
-        """What a table must hold for this area: runs of contiguous frames.
+    def extents(self, frames: FrameRuns, first: int | None = None) -> Extents:
+        """What a table must hold for this area: an extent for each run of frames.
 
-        :param pfns: of all its pages, or of those from number ``first`` on.
+        :param frames: of all its pages, or of some from number ``first`` on.
         """
         number = self.first_page if first is None else first
-        start, end = self.span(number, number + len(pfns) - 1)
-        breaks = np.flatnonzero(np.diff(pfns) != 1) + 1
-        at = np.concatenate((np.zeros(1, np.int64), breaks))
+        start, end = self.span(number, number + frames.total - 1)
+        at = np.cumsum(frames.count) - frames.count
         # bytes that the area leaves out of its first page: IOVAs there, and the pa of the first extent
         skip = self.page_offset if number == self.first_page else 0
         iova = np.uint64(start - skip) + (at.astype(np.uint64) << np.uint64(FRAME_SHIFT))
         iova[0] = start
         last = np.append(iova[1:], np.uint64((end + 1) & ULONG_MAX)) - np.uint64(1)
-        pa = pas_of(pfns[at])
+        pa = pas_of(frames.first)
         pa[0] += np.uint64(skip)
         return Extents(iova, last, pa, np.full(len(at), self.prot, np.uint8))
 
@@ -256,7 +259,7 @@ class Area:
         pfns, pinned = self.pages.acquire(self.first_page, self.last_page)
         done: list[Domain] = []
         try:
-            extents = self.extents(pfns)
+            extents = self.extents(FrameRuns.of(pfns))
             for domain in domains:
                 domain.map(extents, self.ioas.max_leaf_lg2)
                 done.append(domain)
@@ -274,7 +277,7 @@ class Area:
         """
         pfns, pinned = self.pages.acquire(self.first_page, self.last_page)
         try:
-            domain.map(self.extents(pfns), self.ioas.max_leaf_lg2)
+            domain.map(self.extents(FrameRuns.of(pfns)), self.ioas.max_leaf_lg2)
         except SysError:
             self.pages.kernel.frames.unpin(pinned)
             raise
@@ -299,7 +302,7 @@ class Area:
         """The table was proved for pages ``first`` ... ``last``: pin those that nobody has pinned."""
         for part in self.lazy.within(first, last):
             for r in self.pages.unpinned(*part):
-                self.pages.kernel.frames.pin(self.pages.lookup(r.start, r.last))
+                self.pages.kernel.frames.pin_runs(self.pages.runs(r.start, r.last))
             self.lazy.discard(*part)
 
     def pinned(self) -> list[Range]:
