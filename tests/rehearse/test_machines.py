@@ -86,6 +86,22 @@ def test_damage_is_refused(format_name, fault, reasons):
     assert {m["reason"] for m in doc["restore"]["mismatches"]} == reasons
 
 
+@pytest.mark.parametrize(
+    ("format_name", "policy", "inject"),
+    [
+        ("amdv1", "deferred", ("wrong-prot",)),
+        ("arm_lpae_s1", "sealed", ("pte-swap",)),
+        ("arm_lpae_s2", "deferred", ("pte-bit", "kill-at=after")),
+        ("riscv64", "sealed", ("unknown-bit",)),
+    ],
+)
+def test_damage_is_contained(format_name, policy, inject):
+    doc = run(policy=policy, format=format_name, inject=inject)
+    assert doc["outcome"] == "contained"
+    assert_unharmed(doc)
+    assert doc["restore"]["mismatches"]
+
+
 @pytest.mark.parametrize(("format_name", "fault"), [("amdv1", "pte-bit"), ("arm_lpae_s1", "wrong-file")])
 def test_trust_does_the_damage(format_name, fault):
     doc = run(policy="trust", unsafe=True, format=format_name, inject=(fault,))

@@ -161,9 +161,16 @@ def test_what_is_checked_at_once_is_refused_by_these_too(policy, fault):
     assert_unharmed(doc)
 
 
-@pytest.mark.parametrize("step", ["retrieve", "replay", "adopt", "finish", "after", "teardown"])
-def test_a_vmm_that_is_killed_before_the_proof_is_over(step):
-    doc = run("deferred", f"kill-at={step}", "pte-bit")
+@pytest.mark.parametrize(
+    ("policy", "step"),
+    [
+        *(("deferred", step) for step in ("retrieve", "replay", "adopt", "finish", "after", "teardown")),
+        ("sealed", "adopt"),
+        ("sealed", "after"),
+    ],
+)
+def test_a_vmm_that_is_killed_before_the_proof_is_over(policy, step):
+    doc = run(policy, f"kill-at={step}", "pte-bit")
     assert doc["outcome"] == "contained"
     assert doc["killed"] == [step]
     assert_unharmed(doc)
