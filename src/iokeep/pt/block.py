@@ -12,8 +12,6 @@ table may change where it is *known*, and only there: what a block says of such 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,7 +21,7 @@ from iokeep.pt import verify
 from iokeep.pt.compare import Comparison, Mismatch, find
 from iokeep.pt.extents import Extents
 from iokeep.pt.leaves import upper_within
-from iokeep.pt.tables import TableMemory
+from iokeep.pt.tables import TableMemory, Tables
 
 
 class Block:
@@ -60,19 +58,17 @@ class Block:
             above = verify.spans(fmt, upper.problems, True)
             chosen &= ~find(above.iova, above.last, self._bases)[1]
         at = slice(None) if chosen.all() else np.flatnonzero(chosen)
-        self._upper = replace(
-            upper, base=upper.base[at], pa=upper.pa[at], row=upper.row[at], prot=upper.prot[at]
-        )
+        self._tables = Tables(0, self._bases, upper.row, upper.prot).take(at)
         #: IOVAs of the tables that are to be compared
-        self.base = self._bases[at]
+        self.base = self._tables.base
         #: bytes of the tables above level 0
         self.upper_bytes = upper.visited_bytes(fmt) - len(upper.base) * fmt.bytes_of(0)
         self._plan: verify.Plan | None = None
         self._part = None
-        if compiled and len(self.base) and verify.sweepable(tm):
+        if compiled and len(self.base) and verify.sweepable(tm, 0):
             from iokeep.pt import sweep
 
-            self._part = sweep.Plan(tm, self._upper, self.base, want).part
+            self._part = sweep.Plan(tm, self._tables, want).part
         #: tables before this one are compared
         self.at = 0
 
@@ -96,7 +92,7 @@ class Block:
         if len(left):
             if self._plan is None:
                 want = verify.Expectation(self._tm.fmt, self._want)
-                self._plan = verify.Plan(self._tm, self._upper, self.base, want)
+                self._plan = verify.Plan(self._tm, self._tables, want)
             done[left] = self._plan.proved(left + lo, tries)
         self.at = hi
         return self.base[lo:hi], done

@@ -23,7 +23,7 @@ from iokeep.mem.memory import I64, U8, U64
 from iokeep.pt.extents import Extents
 from iokeep.pt.formats.base import LevelSpec
 from iokeep.pt.kernels import compiled, in_memory_order, over_threads
-from iokeep.pt.tables import TableMemory, Upper
+from iokeep.pt.tables import TableMemory, Tables
 
 _ZERO = np.uint64(0)
 _ONE = np.uint64(1)
@@ -258,7 +258,9 @@ def _mixed(
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """What the sweep says. ``proved`` bool[n], a table each; ``mapped`` bytes of all extents."""
+    """What the sweep says. ``proved`` bool[n], a table each; ``mapped`` bytes of all extents, if the tables
+    are of level 0.
+    """
 
     proved: NDArray[np.bool_]
     mapped: int
@@ -282,25 +284,25 @@ def hint_bits(spec: LevelSpec) -> tuple[int, int, int]:
 
 
 class Plan:
-    """What each table of level 0 must hold, found once.
+    """What each of some tables must hold, found once: leaves, and nothing else.
 
-    :param base: IOVA of each table, increasing. :param e: the expectation, not checked yet.
+    :param e: the expectation, not checked yet.
     """
 
-    def __init__(self, tm: TableMemory, upper: Upper, base: U64, e: Extents) -> None:
-        spec = tm.fmt.levels[0]
-        n = len(base)
-        self._items = tm.rows.data.view(np.uint64)
+    def __init__(self, tm: TableMemory, tables: Tables, e: Extents) -> None:
+        spec = tm.fmt.levels[tables.level]
+        n, base = len(tables), tables.base
+        self._items = tm.view(tables.level).data.view(np.uint64)
         small = (1 << spec.shift) - 1
         outside = ~spec.leaf_pa(_MAX) & _MAX & ~small
         bits = [value | spec.leaf_base for value in spec.prot_bits]
-        self.row, self.base, self.e = upper.row, base, e
+        self.row, self.base, self.e = tables.row, base, e
         self.first, self.after = np.empty(n, np.int64), np.empty(n, np.int64)
         self.kind, self.word = np.empty(n, np.uint8), np.empty(n, np.uint64)
         self.counts = np.zeros(4, np.int64)
         span = (spec.items << spec.shift) - 1
         _plan(
-            base, upper.prot, np.uint64(span), e.iova, e.last, e.pa, e.prot, np.array(bits, np.uint64),
+            base, tables.above, np.uint64(span), e.iova, e.last, e.pa, e.prot, np.array(bits, np.uint64),
             np.uint64(small), np.uint64(outside), np.uint64(spec.shift), np.uint64(spec.pa_shift),
             self.first, self.after, self.kind, self.word, self.counts,
         )  # fmt: skip
@@ -347,14 +349,16 @@ class Plan:
         return out.view(np.bool_)
 
 
-def proved(tm: TableMemory, upper: Upper, base: U64, e: Extents, threads: int | None = None) -> Swept:
-    """Which tables of level 0 hold exactly what is expected.
+def proved(tm: TableMemory, tables: Tables, e: Extents, threads: int | None = None) -> Swept:
+    """Which tables hold exactly what is expected: leaves, and nothing else.
 
-    :param base: IOVA of each table, increasing. :param e: the expectation, not checked yet.
-    :raises ValueError: it is not sorted and disjoint, or a prot is beyond rw.
+    :param e: the expectation, not checked yet.
+    :raises ValueError: it is not sorted and disjoint, or a prot is beyond rw. Above level 0 only what is
+        looked at is checked.
     """
-    plan = Plan(tm, upper, base, e)
-    n, row, kind, counts = len(base), plan.row, plan.kind, plan.counts
+    plan = Plan(tm, tables, e)
+    size, base, row, kind, counts = tm.fmt.bytes_of(tables.level), plan.base, plan.row, plan.kind, plan.counts
+    n = len(base)
     out = np.zeros(n, np.uint8)
     if counts[0] + counts[1]:
         chosen = None if counts[0] + counts[1] == n else np.flatnonzero(kind <= 1)
@@ -364,7 +368,7 @@ def proved(tm: TableMemory, upper: Upper, base: U64, e: Extents, threads: int | 
         def runs(a: int, b: int) -> None:
             plan.runs(rows[a:b], kinds[a:b], words[a:b], place[a:b], out)
 
-        over_threads(runs, len(rows), tm.fmt.table_bytes, threads)
+        over_threads(runs, len(rows), size, threads)
     mapped, unsound = 0, False
     owned: tuple[I64, I64] = np.zeros(0, np.int64), np.zeros(0, np.int64)
     if counts[2]:
@@ -372,7 +376,7 @@ def proved(tm: TableMemory, upper: Upper, base: U64, e: Extents, threads: int | 
         a, b = plan.first[mixed], plan.after[mixed]
         owned = a + (e.iova[a] < base[mixed]), b
         # Where an extent is a page the expectation is three times the tables: it is what must stream.
-        few = int((b - a).sum()) * _COLUMNS <= len(mixed) * tm.fmt.table_bytes
+        few = int((b - a).sum()) * _COLUMNS <= len(mixed) * size
         place, rows = in_memory_order(row, mixed) if few else (mixed, row[mixed])
         bases, firsts, afters = base[place], plan.first[place], plan.after[place]
         totals: list[U64] = []
@@ -380,12 +384,12 @@ def proved(tm: TableMemory, upper: Upper, base: U64, e: Extents, threads: int | 
         def mix(a: int, b: int) -> None:
             totals.append(plan.mixed(rows[a:b], bases[a:b], firsts[a:b], afters[a:b], place[a:b], out))
 
-        over_threads(mix, len(rows), tm.fmt.table_bytes * 4, threads)
+        over_threads(mix, len(rows), size * 4, threads)
         mapped = sum(int(sums[0]) for sums in totals)
         unsound = any(int(sums[1]) for sums in totals)
     if unsound:
         raise unsorted()
-    return Swept(out.view(np.bool_), _check_others(e, *owned, mapped))
+    return Swept(out.view(np.bool_), mapped if tables.level else _check_others(e, *owned, mapped))
 
 
 def unsorted() -> ValueError:

@@ -225,6 +225,25 @@ class Upper:
         return sum(len(p) * fmt.bytes_of(fmt.top_level - n) for n, p in enumerate(self.pages))
 
 
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """Tables of one level that are to be proved: ``base`` uint64[n] the IOVA of each, increasing; ``row``
+    int64[n]; ``above`` uint8[n] what the items above it grant.
+    """
+
+    level: int
+    base: U64
+    row: I64
+    above: U8
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def take(self, chosen: NDArray[Any] | slice) -> Tables:
+        """Only the chosen ones."""
+        return Tables(self.level, self.base[chosen], self.row[chosen], self.above[chosen])
+
+
 def _prot(items: U64, r_mask: int, r_value: int, w_mask: int, w_value: int) -> U8:
     r = (items & np.uint64(r_mask)) == np.uint64(r_value)
     w = (items & np.uint64(w_mask)) == np.uint64(w_value)
@@ -462,6 +481,8 @@ def _classify(
 #: grants of the table that each item points to, where it is not 0, and whether one may be in the filter
 #: (``kernels.alike``). None = an item is different.
 Alike = Callable[[U64, U64, U8, int, int, int, int, int, NDArray[np.bool_]], tuple[U64, U64, U8, bool] | None]
+#: which of some tables hold nothing but leaves that are known already
+Known = Callable[[Tables], NDArray[np.bool_]]
 #: bits of a page number that a filter of pages knows
 _FILTER = 16
 
@@ -587,12 +608,32 @@ def _sorted_below(parts: list[tuple[int, _Below]]) -> tuple[U64, U64, U8, U64, U
     return base, pa, prot, item, at, source
 
 
+def _unknown(
+    tm: TableMemory, level: int, root_pa: int, above: tuple[U64, U64, U8, I64], known: Known
+) -> tuple[U64, U64, U8, I64]:
+    """Those of the tables of a level (base, pa, prot, row) that have to be looked into."""
+    base, pa, prot, row = above
+    if level == tm.fmt.top_level:  # one of another size is not seen as a row of memory
+        if tm.fmt.root_bytes != tm.fmt.table_bytes or int(tm.index(level, pa)[0]) < 0:
+            return above
+        row = tm.index(level, pa)
+    left = ~known(Tables(level, tm.fmt.extend(base), row, prot))
+    return above if left.all() else (base[left], pa[left], prot[left], above[3][left])
+
+
 def descend(
-    tm: TableMemory, root_pa: int, start: int = 0, last: int | None = None, alike: Alike | None = None
+    tm: TableMemory,
+    root_pa: int,
+    start: int = 0,
+    last: int | None = None,
+    alike: Alike | None = None,
+    known: Known | None = None,
 ) -> Upper:
     """Everything above the tables of level 0 that touches the raw IOVAs [start, last].
 
     :param alike: a compiled fast path for tables of alike items; the result is the same.
+    :param known: asked about tables of a level above 0: what it says yes to is not looked into, and leaves
+        and problems of it are left out. Not asked below a level where anything is wrong, nor for a range.
     :raises MemoryAbsent: the root is absent. (An absent table below is a problem of the result.)
     :raises InputError: sub-trees are shared so often that the tree is a bomb.
     """
@@ -619,6 +660,8 @@ def descend(
             fresh = not some and fmt.bytes_of(level - 1) <= min(fmt.bytes_of(n) for n in range(fmt.top_level))
             item = at = source = None
         else:
+            if known is not None and whole and not problems:
+                above = _unknown(tm, level, root_pa, above, known)
             found, bad = _classified(tm, level, root_pa, above, (start, end, whole), waiting, limit)
             leaves += found
             problems += bad

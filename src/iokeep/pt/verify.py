@@ -5,12 +5,12 @@ Equal means: every IOVA translates to the expected pa with the expected permissi
 nothing is missing, nothing is extra, no reserved bit is set anywhere. Accessed and dirty bits and bits that
 the format ignores do not count; how the mapping is cut into leaves does not count either (see ``layout``).
 
-Two steps. The *sweep* compares each table of level 0 with the items that the expectation would write there,
-masked: that proves a table at memory speed, or leaves it unproved. There is more than one way to write the
-same translation: leaves of the contiguous sizes that Linux chooses are tried first where the format has such,
-then single items, then what hardware may have made of them (a hint of contiguity, a dirty state). What is
-unproved, and everything that is not a table of level 0, is then *judged* range by range (``compare``), which
-is exact and says why.
+Two steps. The *sweep* compares each table of leaves, of any level, with the items that the expectation would
+write there, masked: that proves a table at memory speed, or leaves it unproved. There is more than one way to
+write the same translation: leaves of the contiguous sizes that Linux chooses are tried first where the format
+has such, then single items, then what hardware may have made of them (a hint of contiguity, a dirty state).
+Where a table above level 0 holds leaves beside tables, each leaf is compared with the extent that holds it.
+What is unproved is then *judged* range by range (``compare``), which is exact and says why.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +28,7 @@ from iokeep.pt.attributes import Differences, compare_flags, judged, table_trait
 from iokeep.pt.build import choose_leaves
 from iokeep.pt.compare import Comparison, Found, LayoutRange, Spans, Verdict, clip_extents, find
 from iokeep.pt.extents import PROT_R, PROT_W, Extents
-from iokeep.pt.formats.base import Contig, Format
+from iokeep.pt.formats.base import Contig, Format, LevelSpec
 from iokeep.pt.layout import Layout, compare_layouts, table_layout
 from iokeep.pt.leaves import Leaves, kernels_down, upper_within
 from iokeep.pt.shape import unfit
@@ -41,6 +40,7 @@ from iokeep.pt.tables import (
     Items,
     Problems,
     TableMemory,
+    Tables,
     Upper,
     descend,
     expand,
@@ -69,13 +69,14 @@ def _as_said(fmt: Format, extents: Extents) -> Extents:
 
 
 class Expectation:
-    """Expected extents, prepared for the sweep of one format.
+    """Expected extents, prepared for the sweep of tables of one level.
 
     :param fmt: the format. :param extents: sorted, disjoint, in any cut.
     """
 
-    def __init__(self, fmt: Format, extents: Extents) -> None:
-        spec = fmt.levels[0]
+    def __init__(self, fmt: Format, extents: Extents, level: int = 0) -> None:
+        spec = fmt.levels[level]
+        self.level = level
         small = np.uint64((1 << spec.shift) - 1)
         prot = extents.prot
         if len(extents) and (
@@ -112,12 +113,14 @@ class Expectation:
         #: contiguous entries that Linux writes instead of single items, small to large, and their ``perms``;
         #: those with masks of their own (Armv7s) are left to the judge
         self.runs: dict[int, tuple[Contig, U64]] = {
-            c.lg2: (c, np.array([fmt.leaf_bits(0, p, c) ^ spec.invert for p in range(4)], np.uint64))
+            c.lg2: (c, np.array([fmt.leaf_bits(level, p, c) ^ spec.invert for p in range(4)], np.uint64))
             for c in sorted(spec.contig, key=lambda c: c.lg2)
             if c.replicated and spec.shift + c.lg2 in spec.lg2s and _as_items(c)
         }
         if not len(extents) or int((extents.last - extents.iova).max()) >> spec.shift == 0:
             self.runs = {}  # single items are what Linux writes
+        elif spec.shift not in spec.lg2s:
+            self.runs = {}  # what is between the entries is not of this level
         #: memory attributes that do not count, but in which the items of one entry must agree
         self.alike = np.uint64(0)
         for c in spec.contig:
@@ -138,35 +141,32 @@ def _as_items(contig: Contig) -> bool:
     return contig.reserved is None and contig.attrs is None and contig.memory is None
 
 
-def sweepable(tm: TableMemory) -> bool:
-    """Whether compiled code can compare the tables of level 0 (``sweep``)."""
-    return tm.plain and tm.parts[0] == 1 and not tm.fmt.levels[0].pa_pieces
+def sweepable(tm: TableMemory, level: int) -> bool:
+    """Whether compiled code can compare the tables of a level (``sweep``)."""
+    return tm.plains[level] and tm.parts[level] == 1 and not tm.fmt.levels[level].pa_pieces
 
 
-def _compiled(tm: TableMemory, n: int, asked: bool | None) -> bool:
-    """Whether ``n`` tables of level 0 are swept by compiled code; see :func:`verify`."""
+def _compiled(tm: TableMemory, level: int, n: int, asked: bool | None) -> bool:
+    """Whether ``n`` tables of a level are swept by compiled code; see :func:`verify`."""
     if asked is None:
         warm = "iokeep.pt.sweep" in sys.modules
-        asked = os.environ.get("NUMBA_DISABLE_JIT", "0") == "0" and n * tm.fmt.table_bytes >= (
+        asked = os.environ.get("NUMBA_DISABLE_JIT", "0") == "0" and n * tm.fmt.bytes_of(level) >= (
             COMPILED_WARM if warm else COMPILED_COLD
         )
-    return asked and sweepable(tm)
+    return asked and sweepable(tm, level)
 
 
 class Plan:
-    """How tables of level 0 are proved by NumPy: what each must hold, found once.
+    """How tables are proved by NumPy: what each must hold, found once. :param want: for their level."""
 
-    :param base: IOVA of each table, increasing.
-    """
-
-    def __init__(self, tm: TableMemory, upper: Upper, base: U64, want: Expectation) -> None:
-        spec = tm.fmt.levels[0]
+    def __init__(self, tm: TableMemory, tables: Tables, want: Expectation) -> None:
+        spec, base = want.spec, tables.base
         e = want.extents
         last = base + np.uint64((1 << (spec.shift + spec.index_bits)) - 1)
         a = np.searchsorted(e.last, base, side="left")
         b = np.searchsorted(e.iova, last, side="right")
         count = b - a
-        ok = upper.prot == 3  # where the items above take permissions away the judge has the word
+        ok = tables.above == 3  # where the items above take permissions away the judge has the word
         single = count == 1
         at = np.minimum(a, max(len(e) - 1, 0))
         if len(e):
@@ -182,7 +182,7 @@ class Plan:
         self.want = want
         self._tm = tm
         self._ok = ok
-        self._columns = upper.row, kind, word, base, a, b
+        self._columns = tables.row, kind, word, base, a, b
 
     def proved(self, chosen: I64, tries: tuple[Way, ...]) -> NDArray[np.bool_]:
         """Which of the tables ``chosen`` (positions) hold exactly what is expected. False = not proved here.
@@ -205,11 +205,9 @@ class Plan:
         return done
 
 
-def _proved(
-    tm: TableMemory, upper: Upper, base: U64, want: Expectation, tries: tuple[Way, ...]
-) -> NDArray[np.bool_]:
-    """Which tables of level 0 hold exactly what is expected, by NumPy; see :class:`Plan`."""
-    return Plan(tm, upper, base, want).proved(np.arange(len(base)), tries)
+def _proved(tm: TableMemory, tables: Tables, want: Expectation, tries: tuple[Way, ...]) -> NDArray[np.bool_]:
+    """Which tables hold exactly what is expected, by NumPy; see :class:`Plan`."""
+    return Plan(tm, tables, want).proved(np.arange(len(tables)), tries)
 
 
 def _sweep(
@@ -224,10 +222,10 @@ def _sweep(
     items: U64 | None = None,
 ) -> NDArray[np.bool_]:
     """One chunk of the sweep by NumPy, of single items. :param items: of the tables, if they are at hand."""
-    spec = tm.fmt.levels[0]
+    spec = want.spec
     care = np.uint64(~spec.leaf_ignored & _MAX)
     if items is None:
-        items = tm.items(row)
+        items = tm.items(row, want.level)
     if bool((kind == 1).all()):
         ramp = np.arange(spec.items, dtype=np.uint64) * np.uint64(want.step)
         buffer = word[:, None] + ramp
@@ -242,7 +240,7 @@ def _sweep(
         wanted[one] = word[one][:, None] + ramp
     mixed = np.flatnonzero(kind == 2)
     if len(mixed):
-        _fill(tm.fmt, wanted, mixed, base, a, b, want)
+        _fill(wanted, mixed, base, a, b, want)
     mask = np.where(wanted != 0, care, np.uint64(spec.valid_mask))
     np.bitwise_xor(wanted, items, out=wanted)
     np.bitwise_and(wanted, mask, out=wanted)
@@ -254,9 +252,9 @@ def _in_runs(
     tm: TableMemory, row: I64, kind: U8, word: U64, base: U64, a: I64, b: I64, want: Expectation
 ) -> NDArray[np.bool_]:
     """One chunk by NumPy, as Linux writes it: the largest contiguous entry wherever one fits."""
-    spec, e = tm.fmt.levels[0], want.extents
+    spec, e = want.spec, want.extents
     care = np.uint64(~spec.leaf_ignored & _MAX) | want.alike
-    items = tm.items(row)
+    items = tm.items(row, want.level)
     wanted = np.zeros((len(row), spec.items), np.uint64)
     one = np.flatnonzero(kind == 1)
     if len(one):
@@ -300,13 +298,13 @@ def _in_runs(
 
 def _fill_runs(fmt: Format, wanted: U64, mixed: I64, base: U64, a: I64, b: I64, want: Expectation) -> None:
     """As :func:`_fill`, in the sizes that Linux chooses."""
-    spec, e = fmt.levels[0], want.extents
+    spec, e = want.spec, want.extents
     shift = np.uint64(spec.shift)
     owner, at = _pieces(mixed, a, b)
     start = np.maximum(e.iova[at], base[owner])
     end = np.minimum(e.last[at], base[owner] + np.uint64((spec.items << spec.shift) - 1))
     if int((end - start).max()) >> spec.shift == 0:
-        _fill(fmt, wanted, mixed, base, a, b, want)
+        _fill(wanted, mixed, base, a, b, want)
         return
     raw: U64 = (owner.astype(np.uint64) << np.uint64(spec.shift + spec.index_bits)) | (start - base[owner])
     pa = (e.pa[at] + (start - e.iova[at])).astype(np.uint64, copy=False)
@@ -329,8 +327,8 @@ def _marked(
     tm: TableMemory, row: I64, kind: U8, word: U64, base: U64, a: I64, b: I64, want: Expectation
 ) -> NDArray[np.bool_]:
     """One chunk by NumPy, of single items that carry a hint of contiguity or hardware's dirty state."""
-    spec = tm.fmt.levels[0]
-    items = spec.one_writable(tm.items(row))
+    spec = want.spec
+    items = spec.one_writable(tm.items(row, want.level))
     sound = np.ones(len(row), np.bool_)
     ramp = np.arange(spec.items, dtype=np.uint64)
     pages = (items & np.uint64(spec.leaf_pa_mask)) >> np.uint64(spec.shift - spec.pa_shift)
@@ -341,6 +339,9 @@ def _marked(
         part = (items & np.uint64(c.mask)) == np.uint64(c.value)
         part &= (items & np.uint64(spec.valid_mask)) != 0
         if not part.any():
+            continue
+        if c.lg2 > spec.index_bits:  # a root may be smaller than such an entry
+            sound &= ~part.any(axis=1)
             continue
         shape = (len(row), spec.items >> c.lg2, 1 << c.lg2)
         mine, inner = part.reshape(shape), ramp[: 1 << c.lg2]
@@ -367,20 +368,80 @@ def _applies(way: Way, want: Expectation) -> bool:
     return True
 
 
-def _other_ways(
-    tm: TableMemory, upper: Upper, base: U64, e: Extents, done: NDArray[np.bool_]
-) -> NDArray[np.bool_]:
+def _other_ways(tm: TableMemory, tables: Tables, e: Extents, done: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """``done``, and what of the rest can be proved in another way than by single items."""
-    spec = tm.fmt.levels[0]
+    spec = tm.fmt.levels[tables.level]
     left = np.flatnonzero(~done)
     if not len(left) or not (spec.contig or spec.w_values):
         return done
-    want = Expectation(tm.fmt, _touching(e, _MAX, 0, base[left], (spec.items << spec.shift) - 1))
-    rest = replace(
-        upper, base=upper.base[left], pa=upper.pa[left], row=upper.row[left], prot=upper.prot[left]
-    )
-    done[left] = _proved(tm, rest, base[left], want, TRIES[1:])
+    rest = tables.take(left)
+    want = Expectation(tm.fmt, _touched(e, rest.base, spec), tables.level)
+    done[left] = _proved(tm, rest, want, TRIES[1:])
     return done
+
+
+def _touched(e: Extents, base: U64, spec: LevelSpec) -> Extents:
+    """The extents that touch one of the tables at ``base`` (sorted), and perhaps others between them."""
+    span = np.uint64((spec.items << spec.shift) - 1)
+    a = np.searchsorted(e.last, base, side="left")
+    b = np.searchsorted(e.iova, base + span, side="right")
+    a = np.maximum(a, np.append(0, b[:-1]))  # one that goes on from table to table counts once
+    lo, hi = (int(a[0]), int(b[-1])) if len(base) else (0, 0)
+    part: slice | I64 = slice(lo, hi)
+    if int(np.maximum(b - a, 0).sum()) * 2 < hi - lo:
+        part = _pieces(np.arange(len(base)), a, np.maximum(a, b))[1]
+    return Extents(e.iova[part], e.last[part], e.pa[part], e.prot[part])
+
+
+class _Above:
+    """Proves tables of leaves above level 0 as ``descend`` meets them: see ``tables.Known``.
+
+    :param e: the expectation, checked later. After the descent ``first`` and ``last`` are the closed ranges
+        that were proved.
+    """
+
+    def __init__(self, tm: TableMemory, e: Extents, compiled: bool | None, threads: int | None) -> None:
+        self.tm, self.e, self.compiled, self.threads = tm, e, compiled, threads
+        self.first: list[U64] = []
+        self.last: list[U64] = []
+
+    def __call__(self, tables: Tables) -> NDArray[np.bool_]:
+        tm, level = self.tm, tables.level
+        fmt, spec = tm.fmt, tm.fmt.levels[level]
+        done = np.zeros(len(tables), np.bool_)
+        halves = fmt.sign_extend and level == fmt.top_level
+        if not spec.leaf or halves or tm.parts[level] != 1 or spec.shift + spec.index_bits >= 64:
+            return done
+        at = np.flatnonzero(self._leaves(tables))
+        base, span = tables.base[at], np.uint64((spec.items << spec.shift) - 1)
+        count = np.searchsorted(self.e.iova, base + span, side="right")
+        count -= np.searchsorted(self.e.last, base, side="left")
+        at = at[count <= spec.items]  # of more extents some are smaller than an item
+        if not len(at):
+            return done
+        some = tables.take(at)
+        if _compiled(tm, level, len(at), self.compiled):
+            from iokeep.pt import sweep
+
+            good = sweep.proved(tm, some, self.e, self.threads).proved
+            good = _other_ways(tm, some, self.e, good)
+        else:
+            good = _proved(tm, some, Expectation(fmt, _touched(self.e, some.base, spec), level), TRIES)
+        done[at[good]] = True
+        self.first.append(some.base[good])
+        self.last.append(some.base[good] + span)
+        return done
+
+    def _leaves(self, tables: Tables) -> NDArray[np.bool_]:
+        """Which tables have leaves, by a look at three items of each: only those are worth a sweep."""
+        tm, spec = self.tm, self.tm.fmt.levels[tables.level]
+        words = tm.view(tables.level).data.view(tm.fmt.item_dtype)
+        some = np.array([0, spec.items // 2, spec.items - 1])
+        items = words[tables.row[:, None], some].astype(np.uint64).reshape(-1) ^ np.uint64(spec.invert)
+        there = np.zeros(len(items), np.bool_)
+        there[tm.places(tables.level, items)] = True
+        leaf = np.logical_and(there, spec.are_leaves(items))
+        return np.asarray(leaf.reshape(-1, 3).any(axis=1), np.bool_)
 
 
 def _pieces(mixed: I64, a: I64, b: I64) -> tuple[I64, I64]:
@@ -391,9 +452,9 @@ def _pieces(mixed: I64, a: I64, b: I64) -> tuple[I64, I64]:
     return owner, np.repeat(a[mixed], count) + nth
 
 
-def _fill(fmt: Format, wanted: U64, mixed: I64, base: U64, a: I64, b: I64, want: Expectation) -> None:
+def _fill(wanted: U64, mixed: I64, base: U64, a: I64, b: I64, want: Expectation) -> None:
     """Write the expected items of the tables ``mixed``, which meet several extents or part of one."""
-    spec, e = fmt.levels[0], want.extents
+    spec, e = want.spec, want.extents
     shift = np.uint64(spec.shift)
     owner, at = _pieces(mixed, a, b)
     first = e.iova[at]
@@ -419,6 +480,39 @@ def merged(base: U64, span: int) -> tuple[U64, U64]:
     first = np.flatnonzero(np.concatenate((np.ones(1, np.bool_), base[1:] != base[:-1] + step)))
     end = np.concatenate((first[1:] - 1, np.array([len(base) - 1])))
     return base[first], base[end] + (step - np.uint64(1))
+
+
+def _united(first: list[U64], last: list[U64]) -> tuple[U64, U64]:
+    """Maximal closed ranges of all the ranges given, in any order."""
+    a, z = np.concatenate(first), np.concatenate(last)
+    if not len(a):
+        return a, z
+    order = np.argsort(a, kind="stable")
+    a, z = a[order], np.maximum.accumulate(z[order])
+    cut = np.flatnonzero((a[1:] > z[:-1]) & (a[1:] - np.uint64(1) != z[:-1]))
+    return a[np.append(0, cut + 1)], z[np.append(cut, len(z) - 1)]
+
+
+def _as_expected(found: Found, e: Extents, others: list[tuple[U64, U64]]) -> NDArray[np.bool_]:
+    """Which leaves lie in one extent each and translate as it says.
+
+    :param e: sorted and disjoint. :param others: sorted, disjoint closed ranges that are to be judged: leaves
+        that touch one do not count.
+    """
+    if not len(e) or not len(found):
+        return np.zeros(len(found), np.bool_)
+    at = np.searchsorted(e.iova, found.iova, side="right") - 1
+    inside = at >= 0
+    at = np.maximum(at, 0)
+    good: NDArray[np.bool_] = inside & (e.last[at] >= found.last)
+    good &= (found.prot == e.prot[at]) & (found.prot != 0)
+    good &= e.pa[at] + (found.iova - e.iova[at]) == found.pa
+    for first, last in others:
+        if len(first):
+            near = np.searchsorted(last, found.iova, side="left")
+            there = near < len(first)
+            good &= ~(there & (first[np.minimum(near, len(first) - 1)] <= found.last))
+    return good
 
 
 def _without(e: Extents, first: U64, last: U64) -> Extents:
@@ -507,8 +601,10 @@ def verify(
     whole, end = start == 0 and last is None, _MAX if last is None else last
     if owned is not None and not whole:
         raise ValueError("owned goes with a whole table")
+    above = _Above(tm, expected, compiled, threads)
     if whole:
-        upper = descend(tm, root_pa, alike=kernels_down(compiled))
+        plain = attributes is None and expected.attrs is None  # else every leaf is looked at
+        upper = descend(tm, root_pa, alike=kernels_down(compiled), known=above if plain else None)
     else:
         if not 0 <= start <= end <= _MAX or layout is not None:
             raise ValueError(f"[{start:#x}, {end:#x}] is no range, or has a layout to compare")
@@ -518,14 +614,15 @@ def verify(
     table_span = spec.items << spec.shift
     if not whole:
         expected = _touching(expected, start, end, base, table_span - 1)
-    if _compiled(tm, len(base), compiled):
+    tables = Tables(0, base, upper.row, upper.prot)
+    if _compiled(tm, 0, len(base), compiled):
         from iokeep.pt import sweep
 
-        swept = sweep.proved(tm, upper, base, expected, threads)
-        proved, mapped = _other_ways(tm, upper, base, expected, swept.proved), swept.mapped
+        swept = sweep.proved(tm, tables, expected, threads)
+        proved, mapped = _other_ways(tm, tables, expected, swept.proved), swept.mapped
     else:
         want = Expectation(fmt, expected)
-        proved, mapped = _proved(tm, upper, base, want, TRIES), want.extents.mapped_bytes
+        proved, mapped = _proved(tm, tables, want, TRIES), want.extents.mapped_bytes
     if not whole:
         mapped = clip_extents(expected, start, end).mapped_bytes
     if attributes is None and expected.attrs is not None:
@@ -534,18 +631,19 @@ def verify(
         upper.problems = judged(fmt, upper.problems)
     if len(upper.problems):
         # An attribute of an item above is no difference that the sweep could see.
-        above = spans(fmt, upper.problems, True)
-        proved &= ~find(above.iova, above.last, base)[1]
+        soft = spans(fmt, upper.problems, True)
+        proved &= ~find(soft.iova, soft.last, base)[1]
     if attributes is not None and len(attributes):
         at = np.searchsorted(attributes.last, base, side="left")
         some = at < len(attributes)
         touched = attributes.iova[np.minimum(at, len(attributes) - 1)] <= base + np.uint64(table_span - 1)
         proved &= ~(some & touched)
-    good_first, good_last = merged(base if bool(proved.all()) else base[proved], table_span)
+    good = merged(base if bool(proved.all()) else base[proved], table_span)
+    if above.first:
+        good = _united([good[0], *above.first], [good[1], *above.last])
     comparison = Comparison(limit)
     if attributes is not None and len(attributes):
         comparison = Comparison(limit, attributes.spans(), attributes.texts)
-    good = good_first, good_last
     judge_rest(
         tm, upper, base, ~proved, expected, good, comparison, start, end,
         dead_leaves=dead_leaves, attributes=attributes,
@@ -593,14 +691,24 @@ def judge_rest(
 
     :param todo: the tables of level 0 that are not wholly in such ranges. :param base: IOVA of each table.
     """
-    e = _as_said(tm.fmt, _without(expected, *good))
-    if len(e) or todo.any() or len(upper.leaves) or len(upper.problems):
-        _judge_rest(tm, upper, base, todo, e, good, comparison, dead_leaves, attributes, start, last)
+    fmt, large = tm.fmt, _found(tm.fmt, upper.leaves)
+    if len(large):
+        others = [(s.iova, s.last) for s in (spans(fmt, upper.problems, soft) for soft in (False, True))]
+        if attributes is not None:
+            others.append((attributes.iova, attributes.last))
+        same = _as_expected(large, _as_said(fmt, expected), others)
+        if same.any():
+            good = _united([good[0], large.iova[same]], [good[1], large.last[same]])
+            large = Found(*(getattr(large, c)[~same] for c in ("iova", "last", "pa", "prot", "level")))
+    e = _as_said(fmt, _without(expected, *good))
+    if len(e) or todo.any() or len(large) or len(upper.problems):
+        _judge_rest(tm, upper, large, base, todo, e, good, comparison, dead_leaves, attributes, start, last)
 
 
 def _judge_rest(
     tm: TableMemory,
     upper: Upper,
+    large: Found,
     base: U64,
     todo: NDArray[np.bool_],
     e: Extents,
@@ -617,7 +725,6 @@ def _judge_rest(
     t_base, t_raw, t_pa, t_row, t_prot = (
         base[todo], upper.base[todo], upper.pa[todo], upper.row[todo], upper.prot[todo],
     )  # fmt: skip
-    large = _found(fmt, upper.leaves)
     opaque, attrs = spans(fmt, upper.problems, False), spans(fmt, upper.problems, True)
     # Windows begin at every _WINDOW_TABLES-th unproved table and every _WINDOW_EXTENTS-th extent, and skip
     # what is proved: a proved range may be touched by extents that go beyond it.
