@@ -13,13 +13,14 @@ VM_ARGS ?= -n 0 --timeout 1500
 PROGRESS := sed -u -n -e 's/^Collecting \([^ ]*\).*/  \1/p' -e 's/^Installing collected packages.*/  installing/p'
 PIP_FLAGS := --require-hashes --only-binary=:all: --disable-pip-version-check --no-input
 
-.PHONY: run test test-vm lint types check clean help
+.PHONY: run test test-vm test-vm-arm lint types check clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make run    a rehearsed live update with live DMA, on this machine: no hardware, no root"
 	@echo "make test   the whole test-suite"
 	@echo "make test-vm  the same things on a real kernel, built and booted in QEMU (first build: 10 to 15 minutes)"
+	@echo "make test-vm-arm  tables of a stock Debian arm64 kernel behind an SMMUv3, in QEMU (fetches about 270 MB)"
 	@echo "make lint   ruff and codespell      make types  mypy --strict      make check  all of it"
 	@echo "make clean  removes the environment and caches"
 
@@ -56,6 +57,10 @@ lint: $(VENV)/dev.stamp
 test-vm: $(VENV)/dev.stamp
 	@$(BIN)/python -m vmtest
 	@$(BIN)/python -m pytest vmtest $(VM_ARGS)
+
+test-vm-arm: $(VENV)/dev.stamp
+	@$(BIN)/python -m vmtest.arm
+	@$(BIN)/python -m pytest vmtest/arm --confcutdir=vmtest/arm $(VM_ARGS)
 
 types: $(VENV)/dev.stamp
 	@$(BIN)/mypy

@@ -105,12 +105,16 @@ def _by_version(a: str, b: str) -> int:
 
 
 class PrivateApt:
-    """An apt with its own state below ``root``, of ``suites`` of the machine's mirror."""
+    """An apt with its own state below ``root``, of some suites of the machine's mirror.
 
-    def __init__(self, root: Path, suites: Sequence[str] = SUITES) -> None:
+    :param architecture: Debian's name of it; it need not be the machine's.
+    """
+
+    def __init__(self, root: Path, suites: Sequence[str] = SUITES, *, architecture: str = "amd64") -> None:
         self._mirror = mirror()
         self._root = root
         self._suites = suites
+        self._architecture = architecture
         for each in ("lists/partial", "cache/archives/partial"):
             (root / each).mkdir(parents=True, exist_ok=True)
         options = {
@@ -123,8 +127,8 @@ class PrivateApt:
             "Dir::Cache": root / "cache",
             "Acquire::Languages": "none",
             "Acquire::Retries": "3",
-            "APT::Architecture": "amd64",
-            "APT::Architectures": "amd64",
+            "APT::Architecture": architecture,
+            "APT::Architectures": architecture,
             "APT::Sandbox::User": "root" if os.getuid() == 0 else "",
         }
         self._options = [f"-o{key}={value}" for key, value in options.items()]
@@ -132,7 +136,7 @@ class PrivateApt:
     def _update(self, suites: Sequence[str], *more: str) -> None:
         (self._root / "debian.sources").write_text(
             f"Types: deb\nURIs: {self._mirror.uri}\nSuites: {' '.join(suites)}\nComponents: main\n"
-            f"Architectures: amd64\nSigned-By: {self._mirror.signed_by}\n"
+            f"Architectures: {self._architecture}\nSigned-By: {self._mirror.signed_by}\n"
         )
         self._apt("apt-get", "-qq", *more, "update")
 
@@ -171,20 +175,37 @@ class PrivateApt:
         (found,) = into.glob(f"{name}_*.deb")
         return found
 
-    def download_all(self, name: str) -> list[Path]:
-        """Fetch a package of the last suite, with all that it depends on: this apt sees nothing installed.
+    def download_built_with(self, name: str, version: str, into: Path) -> list[Path]:
+        """Fetch a package and those that it needs in exactly its own version: what one source has built."""
+        names = [name]
+        for each in names:
+            shown = self._apt("apt-cache", "show", f"{each}={version}")
+            depends = " ".join(re.findall(r"^(?:Pre-)?Depends: (.*)$", shown, re.MULTILINE))
+            same = re.findall(rf"(\S+) \(= {re.escape(version)}\)", depends)
+            names += [other for other in dict.fromkeys(same) if other not in names]
+        into.mkdir(parents=True, exist_ok=True)
+        self._apt("apt-get", "-qq", "download", *(f"{each}={version}" for each in names), cwd=into)
+        return sorted(into.glob("*.deb"))
+
+    def download_all(self, *names: str, suite: str) -> list[Path]:
+        """Fetch packages of a suite with all that they depend on: this apt sees nothing installed.
 
         They stay in its cache until :meth:`clean`.
         """
         self._apt(
             "apt-get", "-qq", "-y", "--no-install-recommends", "--download-only",
-            f"--target-release={self._suites[-1]}", "install", name,
+            f"--target-release={suite}", "install", *names,
         )  # fmt: skip
         return sorted((self._root / "cache" / "archives").glob("*.deb"))
 
     def clean(self) -> None:
         """Forget the package files that were fetched."""
         shutil.rmtree(self._root / "cache", ignore_errors=True)
+
+
+def unpack(package: Path, into: Path) -> None:
+    """Unpack a package file below a directory, without running anything of it."""
+    _run("dpkg-deb", "-x", str(package), str(into))
 
 
 def need(programs: dict[str, str]) -> None:

@@ -8,8 +8,8 @@ import pytest
 from vmtest import vm
 from vmtest.kernel import kernel
 
-#: these run in the guest
-collect_ignore = ["guest"]
+#: what runs in the guest, and what has a target of its own
+collect_ignore = ["guest", "arm"]
 
 
 def pytest_report_header() -> list[str]:

@@ -15,14 +15,24 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmtest.apt import Missing, PrivateApt, need
+from vmtest.apt import Missing, PrivateApt, need, unpack
 from vmtest.kernel import cache, say
 
-PROGRAM = "qemu-system-x86_64"
-PACKAGE = "qemu-system-x86"
-#: the package's suite comes last
 _SUITES = ("stable", "stable-backports")
 _LIBRARIES = "usr/lib/x86_64-linux-gnu"
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A QEMU by the name of its program. ``package``: that has it; ``cache``: directory of a newer one."""
+
+    name: str
+    package: str
+    cache: str
+
+
+X86 = Program("qemu-system-x86_64", "qemu-system-x86", "qemu")
+ARM = Program("qemu-system-aarch64", "qemu-system-arm", "qemu-arm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,40 +62,38 @@ def _qemu(*command: str) -> Qemu:
 
 
 @functools.cache
-def installed() -> Qemu:
+def installed(program: Program = X86) -> Qemu:
     """The machine's own. :raises Missing: there is none, and this user may not install it."""
-    need({PROGRAM: PACKAGE})
-    return _qemu(PROGRAM)
+    need({program.name: program.package})
+    return _qemu(program.name)
 
 
 @functools.cache
-def newer() -> Qemu:
+def newer(program: Program = X86) -> Qemu:
     """The backport, fetched when it is not in the cache. :raises Missing: the mirror has none."""
-    root = cache() / "qemu"
+    root = cache() / program.cache
     if not (root / "usr").is_dir() or os.environ.get("IOKEEP_VM_REFRESH"):
         cache().mkdir(parents=True, exist_ok=True)
         with (cache() / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be at it
             if not (root / "usr").is_dir() or os.environ.get("IOKEEP_VM_REFRESH"):
-                _fetch(root)
+                _fetch(program, root)
     libraries = root / _LIBRARIES
     return _qemu(
         str(libraries / "ld-linux-x86-64.so.2"), "--library-path", str(libraries),
-        str(root / "usr/bin" / PROGRAM), "-L", str(root / "usr/share/qemu"),
+        str(root / "usr/bin" / program.name), "-L", str(root / "usr/share/qemu"),
         "-L", str(root / "usr/share/seabios"),
     )  # fmt: skip
 
 
-def _fetch(root: Path) -> None:
+def _fetch(program: Program, root: Path) -> None:
     say("fetching a newer QEMU, for the IOMMUs that the machine's has not")
     apt = PrivateApt(cache() / "apt-qemu", _SUITES)
     apt.update()
-    part = root.with_name("qemu.part")
+    part = root.with_name(f"{root.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    for package in apt.download_all(PACKAGE):
-        done = subprocess.run(["dpkg-deb", "-x", package, part], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise Missing(f"dpkg-deb -x {package.name}: exit {done.returncode}: {done.stderr.strip()}")
+    for package in apt.download_all(program.package, suite=_SUITES[-1]):
+        unpack(package, part)
     apt.clean()
     shutil.rmtree(root, ignore_errors=True)
     part.rename(root)

@@ -6,51 +6,15 @@ dump, its trace events, and what was asked for."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import pytest
 
-from iokeep.mem.ram import Ram
 from iokeep.pt.extents import PROT_R, PROT_W, Extents
-from iokeep.pt.leaves import extents
-from iokeep.pt.registry import open_format
-from iokeep.pt.roots.find import find_root_of
-from iokeep.pt.verify import verify
 from vmtest import vm
 from vmtest.guest_programs import Boot, counts, in_turn, module, pytest_of
+from vmtest.witnesses import Seen, look, rows, same, traced, without_prot
 
 LAYOUTS = ("scattered", "huge", "edges", "process-memory", "contiguous", "emptied")
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """One layout while it was mapped."""
-
-    told: Mapping[str, Any]
-    table: Extents
-    verdict: str
-    format: str
-
-
-def rows(values: list[list[int]]) -> Extents:
-    """Extents out of rows."""
-    return Extents.of([tuple(row) for row in values]).canonical()  # type: ignore[misc]
-
-
-def look(told: Mapping[str, Any], ram: Ram) -> Seen:
-    """Read the device's table out of the machine's RAM."""
-    found = find_root_of(told["hw"], ram, iommu=told["hw"]["iommu"])
-    assert found is not None
-    assert found.table is not None
-    fmt = open_format(found.table.format, found.table.config)
-    table, problems = extents(fmt, ram, found.table.root_pa)
-    assert not len(problems)
-    verdict = verify(fmt, ram, found.table.root_pa, rows(told["asked"]))
-    text = "equal" if verdict.equal else "; ".join(each.text for each in verdict.mismatches)
-    return Seen(told, table, text, fmt.name)
 
 
 @Boot
@@ -76,12 +40,6 @@ def one(request: pytest.FixtureRequest) -> Seen:
     """One layout behind one IOMMU."""
     mode, layout = request.param.split("/")
     return visit(mode)[0][layout]
-
-
-def same(a: Extents, b: Extents) -> bool:
-    """The same translations."""
-    pairs = ((a.iova, b.iova), (a.last, b.last), (a.pa, b.pa), (a.prot, b.prot))
-    return all(np.array_equal(x, y) for x, y in pairs)
 
 
 def test_the_table_is_what_was_asked_for(one: Seen) -> None:
@@ -110,18 +68,7 @@ def test_the_kernels_dump_says_the_same(one: Seen) -> None:
 
 
 def test_the_trace_events_say_the_same(one: Seen) -> None:
-    pages: dict[int, int] = {}
-    for line in one.told["trace"]:
-        fields = {k: int(v, 0) for k, v in re.findall(r"(iova|paddr|size)=(0x[0-9a-f]+|\d+)", line)}
-        for at in range(0, fields["size"], 4096):
-            if "paddr" in fields:
-                pages[fields["iova"] + at] = fields["paddr"] + at
-            else:
-                pages.pop(fields["iova"] + at, None)
-    traced = Extents.of([(iova, iova + 4095, pa, 3) for iova, pa in pages.items()]).canonical()
-    table = one.table
-    blind = Extents(table.iova, table.last, table.pa, np.full(len(table), 3, np.uint8)).canonical()
-    assert same(traced, blind)
+    assert same(traced(one.told["trace"]), without_prot(one.table))
 
 
 MODES = [visit.case(mode) for mode in vm.machines()]

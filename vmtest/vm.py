@@ -26,6 +26,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+
+from iokeep.errors import MemoryAbsent
+from iokeep.mem.memory import I64, U8, U64, Memory, Rows
 from iokeep.mem.ram import Ram
 from vmtest.apt import Missing
 from vmtest.kernel import cache, kernel, say
@@ -125,16 +129,48 @@ def _old_runs_go(base: Path) -> None:
         shutil.rmtree(each, ignore_errors=True)
 
 
+@dataclass(frozen=True, slots=True)
+class _RowsAbove:
+    rows: Rows
+    base: int
+
+    @property
+    def data(self) -> U8:
+        return self.rows.data
+
+    def index(self, pas: U64) -> I64:
+        return self.rows.index(pas - np.uint64(self.base))  # below the base it wraps, beyond the end
+
+
+@dataclass(frozen=True, slots=True)
+class Above:
+    """Physical memory that begins at ``base``, a multiple of 64 KiB."""
+
+    ram: Ram
+    base: int
+
+    def read(self, pa: int, length: int) -> bytes:
+        """See :meth:`iokeep.mem.memory.Memory.read`."""
+        if pa < self.base:
+            raise MemoryAbsent(pa, length, f"RAM begins at {self.base:#x}")
+        return self.ram.read(pa - self.base, length)
+
+    def rows(self, row_bytes: int) -> Rows:
+        """See :meth:`iokeep.mem.memory.Memory.rows`."""
+        return _RowsAbove(self.ram.rows(row_bytes), self.base)
+
+
 @dataclass
 class Guest:
     """A booted guest and the program in it. A context manager: leaving it ends QEMU.
 
     :param directory: of this run: ``console.log``, ``output.log``, and what the program leaves there.
-    :param ram: its physical memory, a memfd.
+    :param ram: its physical memory, a memfd, from pa ``base`` on.
     """
 
     directory: Path
     ram: int
+    base: int
     seconds: float
     process: subprocess.Popen[bytes]
     channel: socket.socket
@@ -212,9 +248,10 @@ class Guest:
             tail = log.read_text(errors="replace")[-6000:] if log.exists() else ""
             raise GuestError(f"exit status {self.status}\n{tail}\nlogs: {self.directory}")
 
-    def memory(self) -> Ram:
+    def memory(self) -> Memory:
         """Its physical memory, while it runs."""
-        return Ram.shared(self.ram)
+        ram = Ram.shared(self.ram)
+        return Above(ram, self.base) if self.base else ram
 
     def kernel_complaints(self) -> list[str]:
         """Lines of the console that say that the kernel found a fault of its own."""
@@ -256,10 +293,7 @@ def boot(
 
     :param name: of the run, for its directory. :param seconds: hard limit for all of it.
     """
-    runs = cache() / "runs"
-    runs.mkdir(parents=True, exist_ok=True)
-    _old_runs_go(runs)
-    directory = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=runs))
+    directory = run_directory(name)
     exports = {
         "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}",
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -270,8 +304,7 @@ def boot(
         "IOKEEP_VM_MODE": machine.mode.name,
         **(environment or {}),
     }
-    text = "".join(f"export {key}={shlex.quote(value)}\n" for key, value in exports.items())
-    (directory / "run").write_text(f'{text}cd {shlex.quote(str(ROOT))}\nexec {shlex.join(program)} "$@"\n')
+    (directory / "run").write_text(script(program, ROOT, exports))
     line = " ".join(
         (
             _COMMON, machine.mode.cmdline, cmdline, f"init={ROOT / 'vmtest/guest/init'}",
@@ -279,28 +312,64 @@ def boot(
         )
     )  # fmt: skip
     (directory / "cmdline").write_text(line + "\n")
+    share = "security_model=none,multidevs=remap"
+    command = [
+        *machine.qemu.command, "-machine", "q35,memory-backend=ram", *accelerator(),
+        "-device", machine.device,
+        "-kernel", str(kernel().image), "-append", line,
+        "-fsdev", f"local,id=root,path=/,readonly=on,{share}",
+        "-device", "virtio-9p-pci,fsdev=root,mount_tag=root",
+        "-fsdev", f"local,id=run,path={directory},{share}",
+        "-device", "virtio-9p-pci,fsdev=run,mount_tag=run",
+    ]  # fmt: skip
+    return launch(command, directory, seconds=seconds)
+
+
+def run_directory(name: str) -> Path:
+    """A directory for the logs of one more run; the oldest ones go."""
+    runs = cache() / "runs"
+    runs.mkdir(parents=True, exist_ok=True)
+    _old_runs_go(runs)
+    return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=runs))
+
+
+def script(program: Sequence[str], root: Path, exports: Mapping[str, str]) -> str:
+    """What the guest's shell runs: a program in the project's root, with an environment."""
+    text = "".join(f"export {key}={shlex.quote(value)}\n" for key, value in exports.items())
+    return f'{text}cd {shlex.quote(str(root))}\nexec {shlex.join(program)} "$@"\n'
+
+
+def launch(
+    machine: Sequence[str],
+    directory: Path,
+    *,
+    seconds: float,
+    base: int = 0,
+    fds: Sequence[int] = (),
+    ports: Sequence[str] = (),
+) -> Guest:
+    """Start QEMU with what all guests have: RAM that this process shares, a port, a console's log, two
+    ``edu``.
+
+    :param machine: program and options for the rest; its RAM is the memory backend "ram".
+    :param directory: of the run. :param seconds: hard limit for all of it. :param base: pa of its RAM.
+    :param fds: descriptors that the options name, closed here once QEMU has them.
+    :param ports: virtio ports besides the one to this process; each is a character device of its name.
+    """
     ram = os.memfd_create(f"iokeep-vm-{directory.name}")
     os.ftruncate(ram, MEMORY)
     listener = socket.socket(socket.AF_UNIX)
     sockets = tempfile.mkdtemp(prefix="iokeep-vm-")  # a socket's path has 107 bytes at most
     listener.bind(f"{sockets}/port")
     listener.listen(1)
-    share = "security_model=none,multidevs=remap"
     command = [
-        *machine.qemu.command,
-        "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-name", name,
-        "-machine", "q35,memory-backend=ram", *accelerator(),
-        "-smp", "2", "-m", f"{MEMORY >> 20}M",
+        *machine, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+        "-name", directory.name, "-smp", "2", "-m", f"{MEMORY >> 20}M",
         "-object", f"memory-backend-file,id=ram,size={MEMORY},mem-path=/proc/self/fd/{ram},share=on",
-        "-device", machine.device,
-        "-kernel", str(kernel().image), "-append", line,
         "-serial", f"file:{directory / 'console.log'}",
-        "-fsdev", f"local,id=root,path=/,readonly=on,{share}",
-        "-device", "virtio-9p-pci,fsdev=root,mount_tag=root",
-        "-fsdev", f"local,id=run,path={directory},{share}",
-        "-device", "virtio-9p-pci,fsdev=run,mount_tag=run",
         "-chardev", f"socket,id=port,path={sockets}/port",
         "-device", "virtio-serial-pci", "-device", "virtserialport,chardev=port,name=iokeep",
+        *(word for port in ports for word in ("-device", f"virtserialport,chardev={port},name={port}")),
         "-device", f"edu,addr=10.0,dma_mask={_DMA_MASK}", "-device", f"edu,addr=11.0,dma_mask={_DMA_MASK}",
     ]  # fmt: skip
     (directory / "qemu.sh").write_text(shlex.join(command) + "\n")
@@ -310,9 +379,11 @@ def boot(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            pass_fds=(ram,),
+            pass_fds=(ram, *fds),
             preexec_fn=_die_with_parent,
         )
+    for fd in fds:
+        os.close(fd)
     listener.settimeout(10)
     try:
         channel, _ = listener.accept()
@@ -323,4 +394,4 @@ def boot(
     finally:
         listener.close()
         shutil.rmtree(sockets, ignore_errors=True)
-    return Guest(directory, ram, seconds, process, channel)
+    return Guest(directory, ram, base, seconds, process, channel)

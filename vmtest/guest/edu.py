@@ -33,12 +33,15 @@ def bind() -> None:
 
 
 class Edu:
-    """One ``edu``. ``file``: its VFIO device, which :meth:`start` expects to be bound."""
+    """One ``edu``. ``file``: its VFIO device, which :meth:`start` expects to be bound.
 
-    def __init__(self, bdf: str) -> None:
+    :param fd: the device's descriptor, owned from here on; None opens its VFIO node.
+    """
+
+    def __init__(self, bdf: str, fd: int | None = None) -> None:
         self.bdf = bdf
         bind()
-        node = cdev_of(bdf)
+        node = cdev_of(bdf) if fd is None else fd
         assert node is not None
         self.file = VfioDevice(KernelTransport(), node)
 

@@ -3,27 +3,48 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from typing import Protocol
 
-from iokeep.iommufd.client import READ, WRITE, Ioas
+from iokeep.iommufd.client import READ, WRITE
 from iokeep.uapi.kernel import KernelTransport
 from vmtest.guest.truth import frames_of
 
-PAGE, HUGE = 4096, 2 << 20
+#: this kernel's page, what a table of the lowest level has entries for, and what it maps: 2M of 4K pages
+PAGE = mmap.PAGESIZE
+ENTRIES = PAGE // 8
+HUGE = ENTRIES * PAGE
 RW = READ | WRITE
 Row = tuple[int, int, int, int]
 
 
+class Space(Protocol):
+    """What maps: an IOAS, or a container of VFIO's older interface."""
+
+    def map(self, hva: int, length: int, *, iova: int, prot: int) -> object:
+        """Memory of this process."""
+
+    def map_file(self, fd: int, start: int, length: int, *, iova: int, prot: int) -> object:
+        """A range of a file."""
+
+    def unmap(self, iova: int, length: int) -> object:
+        """Whole areas."""
+
+    def iova_ranges(self) -> list[tuple[int, int]]:
+        """What may be mapped."""
+
+
 @dataclass
 class Guest:
-    """What is mapped: memory, and ``rows`` (iova, last, pa, prot), one 4 KiB page each."""
+    """What is mapped: memory, and ``rows`` (iova, last, pa, prot), one page each."""
 
-    ioas: Ioas
-    top: int
+    ioas: Space
     kernel: KernelTransport = field(default_factory=KernelTransport)
     rows: dict[int, Row] = field(default_factory=dict)
     keep: list[object] = field(default_factory=list)
@@ -67,7 +88,7 @@ class Guest:
 
 
 def scattered(guest: Guest) -> None:
-    """4K pages in random order, with holes, and all three permissions."""
+    """Pages in random order, with holes, and all three permissions."""
     ram = guest.memfd(256 * PAGE)
     order = list(range(256))
     random.Random(5).shuffle(order)
@@ -77,20 +98,25 @@ def scattered(guest: Guest) -> None:
 
 
 def huge(guest: Guest) -> None:
-    """2M pages: aligned, so that leaves are large; read-only; and one not aligned, which falls to 4K."""
+    """Huge pages: aligned, so that leaves are large; read-only; and two not aligned, which fall to small
+    ones.
+    """
     ram = guest.memfd(6 * HUGE, huge=True)
     guest.file(ram, 0x40000000, 0, 3 * HUGE)
     guest.file(ram, 0x80000000, 3 * HUGE, HUGE, READ)
-    guest.file(ram, 0xC0001000, 4 * HUGE, HUGE)
+    guest.file(ram, 0xC0000000 + PAGE, 4 * HUGE, HUGE)
     guest.file(ram, 0x100000000 + HUGE - 16 * PAGE, 5 * HUGE, HUGE)
 
 
 def edges(guest: Guest) -> None:
-    """The first page, both sides of the MSI window, the sides of a 512 GiB border, and the last page
-    allowed.
+    """The first page, both sides of each window that is out (that of MSIs), the sides of a 512 GiB border,
+    and the last page allowed.
     """
-    ram = guest.memfd(8 * PAGE)
-    places = (0, 0xFEE00000 - PAGE, 0xFEF00000, (1 << 39) - PAGE, 1 << 39, guest.top + 1 - PAGE)
+    ranges = guest.ioas.iova_ranges()
+    places = [0, (1 << 39) - PAGE, 1 << 39, ranges[-1][1] + 1 - PAGE]
+    for (_, last), (start, _) in pairwise(ranges):
+        places += [last + 1 - PAGE, start]
+    ram = guest.memfd(len(places) * PAGE)
     for n, iova in enumerate(places):
         guest.file(ram, iova, n * PAGE, PAGE)
 
@@ -104,21 +130,21 @@ def process_memory(guest: Guest) -> None:
 
 
 def contiguous(guest: Guest) -> None:
-    """Runs of every power of two from 4K to 1M out of one huge page: sizes that AMD v1 has entries for."""
+    """Runs of every power of two pages out of one huge page: sizes that AMD v1 has entries for."""
     ram = guest.memfd(2 * HUGE, huge=True)
-    for lg2 in range(12, 21):
-        size = 1 << lg2
+    for lg2 in range(ENTRIES.bit_length() - 1):
+        size = PAGE << lg2
         guest.file(ram, 0x50000000 + 4 * size, size, size)
     guest.file(ram, 0x60000000, HUGE, HUGE)
 
 
 def emptied(guest: Guest) -> None:
     """Mapped and unmapped again, in parts: tables without an entry stay linked."""
-    ram = guest.memfd(600 * PAGE)
-    for n in range(600):
+    ram = guest.memfd((ENTRIES + 88) * PAGE)
+    for n in range(ENTRIES + 88):
         guest.file(ram, 0x70000000 + n * PAGE, n * PAGE, PAGE)
-    guest.unmap(0x70000000, 512 * PAGE)
-    guest.unmap(0x70000000 + 550 * PAGE, 20 * PAGE)
+    guest.unmap(0x70000000, ENTRIES * PAGE)
+    guest.unmap(0x70000000 + (ENTRIES + 38) * PAGE, 20 * PAGE)
 
 
 LAYOUTS: dict[str, Callable[[Guest], None]] = {
