@@ -174,13 +174,13 @@ def test_what_linux_writes_is_runs_and_pages(fmt, new_table):
         built.table.map(Extents.of([(4 * span, 4 * span + count - 1, first, 3)]))
         tm = TableMemory(fmt, built.ram)
         upper = descend(tm, built.table.root_pa)
-        said, left = runs.extents_of(tm, upper)
+        said, left = runs.extents_of(tm, upper.tables(fmt))
         assert not len(left)
         assert len(said) == (1 if len(upper.base) else 0)
     built = new_table(fmt)
     built.table.map(Extents.of([(n * page, n * page + page - 1, (n ^ 3) * page, 1) for n in range(0, 90, 2)]))
     tm = TableMemory(fmt, built.ram)
-    said, left = runs.extents_of(tm, descend(tm, built.table.root_pa))
+    said, left = runs.extents_of(tm, descend(tm, built.table.root_pa).tables(fmt))
     assert not len(left)
     assert len(said) == 45
 

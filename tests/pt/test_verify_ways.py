@@ -6,8 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from iokeep.errors import InputError, MemoryAbsent
 from iokeep.pt import verify as verify_module
+from iokeep.pt.diff import diff
+from iokeep.pt.digest import digest
 from iokeep.pt.extents import Extents
+from iokeep.pt.leaves import extents
 from iokeep.pt.registry import open_format
 from iokeep.pt.verify import verify
 from iokeep.pt.walk import walk
@@ -139,7 +143,7 @@ def large_layouts(draw, fmt):
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_large_leaves(config, data, new_table):
-    """Compiled, by NumPy, and the judge alone: one verdict, whatever is damaged."""
+    """Compiled, by NumPy, and the judge alone: one verdict, whatever is damaged; so say all other readers."""
     fmt = open_format(*config)
     level, truth = data.draw(large_layouts(fmt))
     lg2s = [lg2 for lg2 in fmt.leaf_lg2s if lg2 >= fmt.levels[level].shift]
@@ -168,6 +172,34 @@ def test_large_leaves(config, data, new_table):
     alone = verify_alone(built, want)
     for compiled in (False, True):
         assert verify(*built.args, want, compiled=compiled) == alone
+    other = new_table(fmt, size=1 << 20, seed=3)
+    other.table.map(truth, data.draw(st.sampled_from([None, largest])))
+    said = [readers(built, other, compiled) for compiled in (False, True)]
+    assert said[0] == said[1]
+
+
+def readers(built, other, compiled):
+    """What extents, digest and diff say, or what they raise."""
+
+    def columns(e):
+        names = ("iova", "last", "pa", "prot")
+        found, problems = e
+        bad = zip(*(getattr(problems, c).tolist() for c in ("iova", "last", "reason", "at")), strict=True)
+        return [getattr(found, c).tolist() for c in names], sorted(bad)
+
+    jobs = (
+        lambda: columns(extents(*built.args, compiled=compiled)),
+        lambda: digest(*built.args, bytes(16), compiled=compiled),
+        lambda: diff(*built.args, *other.args, compiled=compiled),
+        lambda: diff(*other.args, *built.args, compiled=compiled),
+    )
+    out = []
+    for job in jobs:
+        try:
+            out.append(job())
+        except (InputError, MemoryAbsent, ValueError) as error:
+            out.append((type(error), str(error)))
+    return out
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -21,7 +21,7 @@ from iokeep.pt import verify
 from iokeep.pt.compare import Comparison, Mismatch, find
 from iokeep.pt.extents import Extents
 from iokeep.pt.leaves import upper_within
-from iokeep.pt.tables import TableMemory, Tables
+from iokeep.pt.tables import TableMemory
 
 
 class Block:
@@ -49,7 +49,8 @@ class Block:
         self.span = spec.items << spec.shift
         self._tm, self._want = tm, want
         self._all = upper = upper_within(tm, root_pa, start, last)
-        self._bases: U64 = fmt.extend(upper.base)
+        tables = upper.tables(fmt)
+        self._bases = tables.base
         ends = self._bases + np.uint64(self.span - 1)
         chosen = (
             (self._bases >= np.uint64(start)) & (ends <= np.uint64(last)) & ~within(self._bases, ends, known)
@@ -58,7 +59,7 @@ class Block:
             above = verify.spans(fmt, upper.problems, True)
             chosen &= ~find(above.iova, above.last, self._bases)[1]
         at = slice(None) if chosen.all() else np.flatnonzero(chosen)
-        self._tables = Tables(0, self._bases, upper.row, upper.prot).take(at)
+        self._tables = tables.take(at)
         #: IOVAs of the tables that are to be compared
         self.base = self._tables.base
         #: bytes of the tables above level 0

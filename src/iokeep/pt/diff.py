@@ -15,7 +15,7 @@ from iokeep.pt.compare import Mismatch, Verdict
 from iokeep.pt.extents import PROT_R, PROT_W, Extents
 from iokeep.pt.formats.base import Format
 from iokeep.pt.layout import Layout, compare_layouts
-from iokeep.pt.leaves import Leaves, by_kernels, extents, join_extents, kernels_down
+from iokeep.pt.leaves import LargeRuns, Leaves, by_kernels, extents, join_extents, kernels_down
 from iokeep.pt.tables import (
     ATTRS,
     REASONS,
@@ -98,16 +98,21 @@ class _Side:
 
     tm: TableMemory
     upper: Upper
+    large: LargeRuns
 
     @classmethod
     def of(cls, fmt: Format, mem: Memory, root_pa: int, compiled: bool | None) -> _Side:
         tm = TableMemory(fmt, mem)
-        return cls(tm, descend(tm, root_pa, alike=kernels_down(compiled)))
+        large = LargeRuns(tm, compiled, None)
+        return cls(tm, descend(tm, root_pa, alike=kernels_down(compiled), known=large), large)
 
     def rest(self, runs: Runs, left: I64) -> tuple[Extents, Traits] | None:
         """What the tables that are runs, those ``left`` and the leaves above say; None = some are unsound."""
         fmt, spec, upper = self.tm.fmt, self.tm.fmt.levels[0], self.upper
-        pieces, traits = [runs.extents(spec)], [runs.traits(spec)]
+        pieces, traits = (
+            [runs.extents(spec), *self.large.extents()],
+            [runs.traits(spec), *self.large.traits()],
+        )
         parts = [(upper.leaves, upper.problems)]
         tables = (upper.base[left], upper.pa[left], upper.row[left], upper.prot[left])
         for items, problems in (*parts, *expand(self.tm, *tables)):
@@ -138,13 +143,14 @@ def _equal(a: _Side, b: _Side, limit: int, threads: int | None) -> Verdict | Non
     fmt_a, fmt_b = a.tm.fmt, b.tm.fmt
     if not compiled.readable(a.tm) or not compiled.readable(b.tm):
         return None
-    runs_a, runs_b = compiled.runs_of(a.tm, a.upper, threads), compiled.runs_of(b.tm, b.upper, threads)
+    of_a, of_b = a.upper.tables(fmt_a), b.upper.tables(fmt_b)
+    runs_a, runs_b = compiled.runs_of(a.tm, of_a, threads), compiled.runs_of(b.tm, of_b, threads)
     left_a, left_b = np.flatnonzero(runs_a.state == OTHER), np.flatnonzero(runs_b.state == OTHER)
     pages = 0
     if fmt_a == fmt_b and len(left_a) and len(left_b):
         at_a, at_b = _paired(a, runs_a, b, runs_b)
         if len(at_a):
-            same, pages = compiled.same_pages(a.tm, a.upper, at_a, b.tm, b.upper, at_b, threads)
+            same, pages = compiled.same_pages(a.tm, of_a, at_a, b.tm, of_b, at_b, threads)
             left_a = np.setdiff1d(left_a, at_a[same], assume_unique=True)
             left_b = np.setdiff1d(left_b, at_b[same], assume_unique=True)
     if len(left_a) + len(left_b) > _LEFT and len(left_a) + len(left_b) > len(runs_a.base) // 8:

@@ -39,7 +39,7 @@ from iokeep.errors import InputError
 from iokeep.mem.memory import I64, Memory
 from iokeep.pt.extents import U8, U64, Extents
 from iokeep.pt.formats.base import Format
-from iokeep.pt.leaves import Leaves, kernels_down
+from iokeep.pt.leaves import LargeRuns, Leaves, kernels_down
 from iokeep.pt.tables import TableMemory, Upper, descend, expand, raise_unreadable
 
 KEY_BYTES = 16
@@ -285,9 +285,11 @@ def digest_of(
     """:func:`digest`, to go on with."""
     out = Digest(key)
     tm = TableMemory(fmt, mem)
-    upper = descend(tm, root_pa, alike=kernels_down(compiled))
+    large = LargeRuns(tm, compiled, threads)
+    upper = descend(tm, root_pa, alike=kernels_down(compiled), known=large)
     raise_unreadable(fmt, upper.problems)
-    out.add(_living(Leaves.of(fmt, upper.leaves)))
+    for found in (*large.extents(), Leaves.of(fmt, upper.leaves).extents()):
+        out.add(found)
     spec = fmt.levels[0]
     size = len(upper.base) * fmt.table_bytes
     if compiled is None:
@@ -301,9 +303,9 @@ def digest_of(
         from iokeep.pt import runs, sums
 
         if runs.readable(tm):  # a table that is one run costs no sum
-            found = runs.runs_of(tm, upper, threads)
-            out.add(found.extents(spec))
-            left = np.flatnonzero(found.state == runs.OTHER)
+            read = runs.runs_of(tm, upper.tables(fmt), threads)
+            out.add(read.extents(spec))
+            left = np.flatnonzero(read.state == runs.OTHER)
         if blocks and len(left):
             left = sums.add_tables(out, tm, upper, left, threads)
     elif blocks and fmt.in_words:

@@ -6,8 +6,10 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from iokeep.mem.memory import Memory
 from iokeep.pt.extents import U8, U64, Extents
@@ -17,11 +19,16 @@ from iokeep.pt.tables import (
     Items,
     Problems,
     TableMemory,
+    Tables,
     Upper,
     descend,
     expand,
     raise_unreadable,
 )
+
+if TYPE_CHECKING:
+    from iokeep.pt.attributes import Traits
+    from iokeep.pt.runs import Runs
 
 #: tables from so many bytes on are read by compiled code, where it is loaded and where it is not
 COMPILED_WARM = 1 << 20
@@ -161,6 +168,38 @@ def kernels_down(asked: bool | None) -> Alike | None:
     return alike
 
 
+class LargeRuns:
+    """Reads tables above level 0 that are one run of leaves, as ``descend`` meets them: see ``tables.Known``.
+
+    :param compiled: as for :func:`extents`. After the descent ``found`` has them.
+    """
+
+    def __init__(self, tm: TableMemory, compiled: bool | None, threads: int | None) -> None:
+        self.tm, self.compiled, self.threads = tm, compiled, threads
+        self.found: list[Runs] = []
+
+    def __call__(self, tables: Tables) -> NDArray[np.bool_]:
+        """Which tables are such a run."""
+        tm, level = self.tm, tables.level
+        if not by_kernels(len(tables) * tm.fmt.bytes_of(level), self.compiled):
+            return np.zeros(len(tables), np.bool_)
+        from iokeep.pt import runs
+
+        if not runs.readable(tm, level):
+            return np.zeros(len(tables), np.bool_)
+        found = runs.runs_of(tm, tables, self.threads)
+        self.found.append(found)
+        return np.asarray(found.state == runs.RUN, np.bool_)
+
+    def extents(self) -> list[Extents]:
+        """What they translate, canonical for each level."""
+        return [found.extents(self.tm.fmt.levels[found.level]) for found in self.found]
+
+    def traits(self) -> list[Traits]:
+        """Their traits."""
+        return [found.traits(self.tm.fmt.levels[found.level]) for found in self.found]
+
+
 def extents(
     fmt: Format, mem: Memory, root_pa: int, *, compiled: bool | None = None, threads: int | None = None
 ) -> tuple[Extents, Problems]:
@@ -173,9 +212,10 @@ def extents(
     :raises MemoryAbsent, InputError: as :func:`leaves`.
     """
     tm = TableMemory(fmt, mem)
-    upper = descend(tm, root_pa, alike=kernels_down(compiled))
+    large = LargeRuns(tm, compiled, threads)
+    upper = descend(tm, root_pa, alike=kernels_down(compiled), known=large)
     raise_unreadable(fmt, upper.problems)
-    parts: list[Extents] = []
+    parts = large.extents()
     problems = [upper.problems]
     if len(upper.leaves):
         parts.append(Leaves.of(fmt, upper.leaves).extents())
@@ -184,7 +224,7 @@ def extents(
         from iokeep.pt import runs
 
         if runs.readable(tm):
-            most, left = runs.extents_of(tm, upper, threads)
+            most, left = runs.extents_of(tm, upper.tables(fmt), threads)
             parts.append(most)
             tables = upper.base[left], upper.pa[left], upper.row[left], upper.prot[left]
     for found, bad in expand(tm, *tables):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of level 0 as runs, compiled; imported only for big tables. ``extents``, ``digest`` and ``diff`` use
+"""Tables of leaves as runs, compiled; imported only for big tables. ``extents``, ``digest`` and ``diff`` use
 it.
 
 Most tables hold one run: items that grant the same and whose OAs follow each other. What such a table
@@ -25,7 +25,7 @@ from iokeep.pt.attributes import Attributes, Traits
 from iokeep.pt.extents import Extents
 from iokeep.pt.formats.base import LevelSpec
 from iokeep.pt.kernels import compiled, in_memory_order, over_threads
-from iokeep.pt.tables import TableMemory, Upper, leaves_of
+from iokeep.pt.tables import TableMemory, Tables, leaves_of
 
 _ZERO = np.uint64(0)
 _ONE = np.uint64(1)
@@ -208,11 +208,11 @@ def _pairs(
         pages[t] = np.int64(number)
 
 
-def readable(tm: TableMemory) -> bool:
-    """Whether the tables of this format can be read as runs."""
-    spec = tm.fmt.levels[0]
+def readable(tm: TableMemory, level: int = 0) -> bool:
+    """Whether the tables of this level can be read as runs."""
+    spec = tm.fmt.levels[level]
     pa = spec.leaf_pa_mask
-    plain = tm.plain and tm.parts[0] == 1 and not spec.pa_pieces and not tm.linux
+    plain = tm.plains[level] and tm.parts[level] == 1 and not spec.pa_pieces and not tm.linux
     bad = any(mask & pa for mask, _ in spec.leaf_bad)
     return plain and not bad and all(contig.mask & ~pa for contig in spec.contig)
 
@@ -260,17 +260,17 @@ _Mean = tuple[bool, int, int, int, int, int]
 _NOTHING: _Mean = (False, 0, 0, 0, 0, 0)
 
 
-def _mean_one(tm: TableMemory, head: int, above: int, run: bool) -> _Mean:
+def _mean_one(tm: TableMemory, level: int, head: int, above: int, run: bool) -> _Mean:
     """What one item means, as the general code has it: of a table that is one run, or by itself."""
-    spec = tm.fmt.levels[0]
+    spec = tm.fmt.levels[level]
     n = spec.items if run else 1
     index = np.arange(n, dtype=np.uint64)
     low = next((m for mask, value, m in _sized(spec).tolist() if head & mask == value), _MAX)
     items = np.uint64(head) + (index & np.uint64(low)) * _masks(spec)[0]
-    if len(tm.places(0, items)) != n:
+    if len(tm.places(level, items)) != n or not spec.are_leaves(items).all():
         return _NOTHING
     iova = index << np.uint64(spec.shift)
-    leaves, problems = leaves_of(tm, 0, iova, items, iova, np.full(n, above, np.uint8))
+    leaves, problems = leaves_of(tm, level, iova, items, iova, np.full(n, above, np.uint8))
     if len(problems) or not len(leaves) or len(leaves) << int(leaves.lg2[0]) != n << spec.shift:
         return _NOTHING
     word, said = Attributes(tm.fmt).words(leaves)
@@ -281,13 +281,15 @@ def _mean_one(tm: TableMemory, head: int, above: int, run: bool) -> _Mean:
     return True, int(leaves.lg2[0]), int(leaves.prot[0]), int(word[0]), int(said[0]), int(kept[0])
 
 
-def means(tm: TableMemory, head: U64, above: U8, chosen: I64 | None = None, *, run: bool) -> Means:
-    """What tables mean, by their first items; a sort of table is read once.
+def means(
+    tm: TableMemory, head: U64, above: U8, chosen: I64 | None = None, *, run: bool, level: int = 0
+) -> Means:
+    """What tables of a level mean, by their first items; a sort of table is read once.
 
     :param above: what the items above grant. :param chosen: only these have a meaning.
     :param run: tables of one run; else of pages.
     """
-    spec = tm.fmt.levels[0]
+    spec = tm.fmt.levels[level]
     sort = np.zeros(len(head), np.int16)
     sorts: list[_Mean] = [_NOTHING]
     if chosen is not None:
@@ -315,7 +317,7 @@ def means(tm: TableMemory, head: U64, above: U8, chosen: I64 | None = None, *, r
             if len(sample) > _SORTS:
                 continue
         number = np.int16(len(sorts)) + (np.int16(0) if which is None else which.astype(np.int16))
-        sorts += [_mean_one(tm, int(heads[at]), grants, run) for at in sample.tolist()]
+        sorts += [_mean_one(tm, level, int(heads[at]), grants, run) for at in sample.tolist()]
         place: NDArray[np.intp] | I64 | slice = slice(None) if mine is None else mine
         if chosen is not None:
             place = chosen[place]
@@ -343,10 +345,11 @@ def _sized(spec: LevelSpec) -> U64:
 
 @dataclass(slots=True)
 class Runs:
-    """Tables of level 0: ``state`` uint8[n]; of those that are RUN ``pa`` uint64[n] and what they ``mean``;
+    """Tables of a level: ``state`` uint8[n]; of those that are RUN ``pa`` uint64[n] and what they ``mean``;
     ``base`` uint64[n] the IOVA of each.
     """
 
+    level: int
     state: U8
     base: U64
     pa: U64
@@ -376,7 +379,7 @@ class Runs:
         span = np.uint64(spec.items << spec.shift)
         begin, end = _ends(base, span, sort)
         kind = sort[begin]
-        level = np.zeros(len(begin), np.uint8)
+        level = np.full(len(begin), self.level, np.uint8)
         alive = (m.prot[kind] != 0).view(np.uint8)
         columns = (m.lg2[kind], level, m.word[kind], m.said[kind], alive, m.keep[kind])
         return Traits.join([Traits(base[begin], base[end] + (span - _ONE), *columns)])
@@ -397,50 +400,51 @@ def _ends(
     return np.concatenate((np.zeros(1, np.intp), inner + 1)), np.append(inner, len(base) - 1)
 
 
-def runs_of(tm: TableMemory, upper: Upper, threads: int | None = None) -> Runs:
-    """Read the tables of level 0 once, in the order in which they lie in memory, as far as they are runs."""
-    spec = tm.fmt.levels[0]
-    n = len(upper.row)
-    items = tm.rows.data.view(np.uint64)
+def runs_of(tm: TableMemory, tables: Tables, threads: int | None = None) -> Runs:
+    """Read tables once, in the order in which they lie in memory, as far as they are runs of leaves."""
+    level, n = tables.level, len(tables)
+    spec = tm.fmt.levels[level]
+    items = tm.view(level).data.view(np.uint64)
     masks, sized = _masks(spec), _sized(spec)
     kernel_masks = np.array([masks[0], masks[6], masks[2]], np.uint64)
-    place, rows = in_memory_order(upper.row)
+    place, rows = in_memory_order(tables.row)
     head, state = np.zeros(n, np.uint64), np.zeros(n, np.uint8)
 
     def work(a: int, b: int) -> None:
         _runs(items, rows[a:b], sized, kernel_masks, place[a:b], head, state)
 
-    over_threads(work, n, tm.fmt.table_bytes, threads)
+    over_threads(work, n, tm.fmt.bytes_of(level), threads)
     one = state == RUN
-    mean = means(tm, head, upper.prot, None if bool(one.all()) else np.flatnonzero(one), run=True)
+    chosen = None if bool(one.all()) else np.flatnonzero(one)
+    mean = means(tm, head, tables.above, chosen, run=True, level=level)
     pa = spec.leaf_pas(head)
     if spec.contig:  # with its size as it is coded
         pa &= (~((_ONE << mean.lg2.astype(np.uint64)) - _ONE))[mean.sort]
     top = pa + np.uint64((spec.items << spec.shift) - 1)
     outside = np.uint64(~spec.leaf_pa(_MAX) & ~((1 << spec.shift) - 1) & _MAX)
     state[one & ~(mean.sound[mean.sort] & (top >= pa) & ((top & outside) == _ZERO))] = OTHER
-    return Runs(state, tm.fmt.extend(upper.base), pa, mean)
+    return Runs(level, state, tables.base, pa, mean)
 
 
-def extents_of(tm: TableMemory, upper: Upper, threads: int | None = None) -> tuple[Extents, I64]:
+def extents_of(tm: TableMemory, tables: Tables, threads: int | None = None) -> tuple[Extents, I64]:
     """The canonical extents of tables of level 0 that are runs or pages, and the positions of the others."""
     fmt, spec = tm.fmt, tm.fmt.levels[0]
-    runs = runs_of(tm, upper, threads)
+    runs = runs_of(tm, tables, threads)
     other = np.flatnonzero(runs.state == OTHER)
     if not len(other):
         return runs.extents(spec), other
-    n, masks = len(upper.row), _masks(spec)
+    n, masks = len(tables), _masks(spec)
     items = tm.rows.data.view(np.uint64)
     base, pa, prot = runs.base, runs.pa, runs.prot
     head, tail, odd = np.zeros(n, np.uint64), np.zeros(n, np.uint64), np.zeros(n, np.uint64)
     slots, pieces = np.zeros((n, 2), np.int64), np.zeros(n, np.int64)
-    place, rows = in_memory_order(upper.row, other)
+    place, rows = in_memory_order(tables.row, other)
 
     def look(a: int, b: int) -> None:
         _pages(items, rows[a:b], masks, place[a:b], head, tail, slots, pieces, odd)
 
     over_threads(look, len(rows), fmt.table_bytes, threads)
-    mean = means(tm, head, upper.prot, other, run=False)
+    mean = means(tm, head, tables.above, other, run=False)
     at = other[mean.sound[mean.sort[other]] & (odd[other] == _ZERO)]
     runs.state[at] = PAGES
     prot[at] = mean.prot[mean.sort[at]]
@@ -467,7 +471,7 @@ def extents_of(tm: TableMemory, upper: Upper, threads: int | None = None) -> tup
     out.prot[first[starts]] = prot[starts]
     ends = simple[~goes_on[1:][simple]]
     out.last[first[ends]] = base[ends] + np.uint64((spec.items << spec.shift) - 1)
-    place, rows = in_memory_order(upper.row, at[counts[at]])
+    place, rows = in_memory_order(tables.row, at[counts[at]])
     joins = (goes_on[:n].view(np.uint8) | (goes_on[1:].view(np.uint8) << np.uint8(1)))[place]
     bases, grants, firsts, number = base[place], prot[place], first[place], pieces[place]
 
@@ -491,7 +495,7 @@ def _columns(n: int) -> Extents:
 
 
 def same_pages(
-    a: TableMemory, upper_a: Upper, at_a: I64, b: TableMemory, upper_b: Upper, at_b: I64, threads: int | None
+    a: TableMemory, of_a: Tables, at_a: I64, b: TableMemory, of_b: Tables, at_b: I64, threads: int | None
 ) -> tuple[NDArray[np.bool_], int]:
     """Which pairs of tables of pages (positions, of one format) are sound and say the same; and the pages of
     those that do, where they let something pass.
@@ -499,11 +503,11 @@ def same_pages(
     spec = a.fmt.levels[0]
     items, others = a.rows.data.view(np.uint64), b.rows.data.view(np.uint64)
     # In the order of one of both; the other is read as it comes.
-    place, rows = in_memory_order(upper_a.row, at_a)
-    to = np.empty(len(upper_a.row), np.int64)
+    place, rows = in_memory_order(of_a.row, at_a)
+    to = np.empty(len(of_a), np.int64)
     to[at_a] = at_b
     partner = to[place]
-    other_rows = upper_b.row[partner]
+    other_rows = of_b.row[partner]
     n, masks = len(place), _masks(spec)
     head, odd, pages = np.empty(n, np.uint64), np.empty(n, np.uint64), np.empty(n, np.int64)
 
@@ -511,8 +515,8 @@ def same_pages(
         _pairs(items, rows[i:j], others, other_rows[i:j], masks, head[i:j], odd[i:j], pages[i:j])
 
     over_threads(work, n, 2 * a.fmt.table_bytes, threads)
-    mean = means(a, head, upper_a.prot[place], run=False)
-    good = mean.sound[mean.sort] & (odd == _ZERO) & (upper_a.prot[place] == upper_b.prot[partner])
-    out = np.zeros(len(upper_a.row), np.bool_)
+    mean = means(a, head, of_a.above[place], run=False)
+    good = mean.sound[mean.sort] & (odd == _ZERO) & (of_a.above[place] == of_b.above[partner])
+    out = np.zeros(len(of_a), np.bool_)
     out[place[good]] = True
     return out[at_a], int(pages[good & (mean.prot[mean.sort] != 0)].sum())

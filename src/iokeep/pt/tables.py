@@ -196,6 +196,25 @@ class Items:
         return cls(*out)
 
 
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """Tables of one level that are to be read or proved: ``base`` uint64[n] the IOVA of each, increasing;
+    ``row`` int64[n]; ``above`` uint8[n] what the items above it grant.
+    """
+
+    level: int
+    base: U64
+    row: I64
+    above: U8
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def take(self, chosen: NDArray[Any] | slice) -> Tables:
+        """Only the chosen ones."""
+        return Tables(self.level, self.base[chosen], self.row[chosen], self.above[chosen])
+
+
 @dataclass(slots=True)
 class Upper:
     """Everything above level 0: see :func:`descend`.
@@ -220,28 +239,13 @@ class Upper:
         """Tables visited, the root included."""
         return sum(len(p) for p in self.pages)
 
+    def tables(self, fmt: Format) -> Tables:
+        """The visits to tables of level 0."""
+        return Tables(0, fmt.extend(self.base), self.row, self.prot)
+
     def visited_bytes(self, fmt: Format) -> int:
         """Bytes of the tables visited."""
         return sum(len(p) * fmt.bytes_of(fmt.top_level - n) for n, p in enumerate(self.pages))
-
-
-@dataclass(frozen=True, slots=True)
-class Tables:
-    """Tables of one level that are to be proved: ``base`` uint64[n] the IOVA of each, increasing; ``row``
-    int64[n]; ``above`` uint8[n] what the items above it grant.
-    """
-
-    level: int
-    base: U64
-    row: I64
-    above: U8
-
-    def __len__(self) -> int:
-        return len(self.base)
-
-    def take(self, chosen: NDArray[Any] | slice) -> Tables:
-        """Only the chosen ones."""
-        return Tables(self.level, self.base[chosen], self.row[chosen], self.above[chosen])
 
 
 def _prot(items: U64, r_mask: int, r_value: int, w_mask: int, w_value: int) -> U8:
@@ -609,16 +613,40 @@ def _sorted_below(parts: list[tuple[int, _Below]]) -> tuple[U64, U64, U8, U64, U
 
 
 def _unknown(
-    tm: TableMemory, level: int, root_pa: int, above: tuple[U64, U64, U8, I64], known: Known
+    tm: TableMemory, level: int, above: tuple[U64, U64, U8, I64], known: Known
 ) -> tuple[U64, U64, U8, I64]:
     """Those of the tables of a level (base, pa, prot, row) that have to be looked into."""
+    fmt, spec = tm.fmt, tm.fmt.levels[level]
     base, pa, prot, row = above
-    if level == tm.fmt.top_level:  # one of another size is not seen as a row of memory
-        if tm.fmt.root_bytes != tm.fmt.table_bytes or int(tm.index(level, pa)[0]) < 0:
+    if not spec.leaf or tm.parts[level] != 1 or spec.shift + spec.index_bits >= 64:
+        return above
+    if level == fmt.top_level:
+        # A root of another size is no row of memory; one of a sign-extended space is in two halves.
+        if fmt.root_bytes != fmt.table_bytes or fmt.sign_extend:
             return above
         row = tm.index(level, pa)
-    left = ~known(Tables(level, tm.fmt.extend(base), row, prot))
+        if int(row[0]) < 0:
+            return above
+    some = np.flatnonzero(_have_leaves(tm, level, row))
+    if not len(some):
+        return above
+    left = np.ones(len(base), np.bool_)
+    left[some] = ~known(Tables(level, fmt.extend(base[some]), row[some], prot[some]))
     return above if left.all() else (base[left], pa[left], prot[left], above[3][left])
+
+
+def _have_leaves(tm: TableMemory, level: int, row: I64) -> NDArray[np.bool_]:
+    """Which tables above level 0 have leaves, by a look at three items of each: most have leaves in all
+    places, or tables.
+    """
+    spec = tm.fmt.levels[level]
+    words = tm.view(level).data.view(tm.fmt.item_dtype)
+    some = np.array([0, spec.items // 2, spec.items - 1])
+    items = words[row[:, None], some].astype(np.uint64).reshape(-1) ^ np.uint64(spec.invert)
+    there = np.zeros(len(items), np.bool_)
+    there[tm.places(level, items)] = True
+    leaf = np.logical_and(there, spec.are_leaves(items))
+    return np.asarray(leaf.reshape(-1, 3).any(axis=1), np.bool_)
 
 
 def descend(
@@ -632,8 +660,8 @@ def descend(
     """Everything above the tables of level 0 that touches the raw IOVAs [start, last].
 
     :param alike: a compiled fast path for tables of alike items; the result is the same.
-    :param known: asked about tables of a level above 0: what it says yes to is not looked into, and leaves
-        and problems of it are left out. Not asked below a level where anything is wrong, nor for a range.
+    :param known: asked about tables above level 0 that have leaves: where it says yes, leaves are left out.
+        Not asked below a level where anything is wrong, nor for a range.
     :raises MemoryAbsent: the root is absent. (An absent table below is a problem of the result.)
     :raises InputError: sub-trees are shared so often that the tree is a bomb.
     """
@@ -661,7 +689,7 @@ def descend(
             item = at = source = None
         else:
             if known is not None and whole and not problems:
-                above = _unknown(tm, level, root_pa, above, known)
+                above = _unknown(tm, level, above, known)
             found, bad = _classified(tm, level, root_pa, above, (start, end, whole), waiting, limit)
             leaves += found
             problems += bad

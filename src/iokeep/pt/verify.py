@@ -406,42 +406,27 @@ class _Above:
         self.last: list[U64] = []
 
     def __call__(self, tables: Tables) -> NDArray[np.bool_]:
-        tm, level = self.tm, tables.level
-        fmt, spec = tm.fmt, tm.fmt.levels[level]
-        done = np.zeros(len(tables), np.bool_)
-        halves = fmt.sign_extend and level == fmt.top_level
-        if not spec.leaf or halves or tm.parts[level] != 1 or spec.shift + spec.index_bits >= 64:
-            return done
-        at = np.flatnonzero(self._leaves(tables))
-        base, span = tables.base[at], np.uint64((spec.items << spec.shift) - 1)
-        count = np.searchsorted(self.e.iova, base + span, side="right")
-        count -= np.searchsorted(self.e.last, base, side="left")
-        at = at[count <= spec.items]  # of more extents some are smaller than an item
+        """Which tables hold exactly what is expected."""
+        tm, e, level = self.tm, self.e, tables.level
+        spec, done = tm.fmt.levels[level], np.zeros(len(tables), np.bool_)
+        span = np.uint64((spec.items << spec.shift) - 1)
+        count = np.searchsorted(e.iova, tables.base + span, side="right")
+        count -= np.searchsorted(e.last, tables.base, side="left")
+        at = np.flatnonzero(count <= spec.items)  # of more extents some are smaller than an item
         if not len(at):
             return done
         some = tables.take(at)
         if _compiled(tm, level, len(at), self.compiled):
             from iokeep.pt import sweep
 
-            good = sweep.proved(tm, some, self.e, self.threads).proved
-            good = _other_ways(tm, some, self.e, good)
+            good = sweep.proved(tm, some, e, self.threads).proved
+            good = _other_ways(tm, some, e, good)
         else:
-            good = _proved(tm, some, Expectation(fmt, _touched(self.e, some.base, spec), level), TRIES)
+            good = _proved(tm, some, Expectation(tm.fmt, _touched(e, some.base, spec), level), TRIES)
         done[at[good]] = True
         self.first.append(some.base[good])
         self.last.append(some.base[good] + span)
         return done
-
-    def _leaves(self, tables: Tables) -> NDArray[np.bool_]:
-        """Which tables have leaves, by a look at three items of each: only those are worth a sweep."""
-        tm, spec = self.tm, self.tm.fmt.levels[tables.level]
-        words = tm.view(tables.level).data.view(tm.fmt.item_dtype)
-        some = np.array([0, spec.items // 2, spec.items - 1])
-        items = words[tables.row[:, None], some].astype(np.uint64).reshape(-1) ^ np.uint64(spec.invert)
-        there = np.zeros(len(items), np.bool_)
-        there[tm.places(tables.level, items)] = True
-        leaf = np.logical_and(there, spec.are_leaves(items))
-        return np.asarray(leaf.reshape(-1, 3).any(axis=1), np.bool_)
 
 
 def _pieces(mixed: I64, a: I64, b: I64) -> tuple[I64, I64]:
@@ -609,12 +594,12 @@ def verify(
         if not 0 <= start <= end <= _MAX or layout is not None:
             raise ValueError(f"[{start:#x}, {end:#x}] is no range, or has a layout to compare")
         upper = upper_within(tm, root_pa, start, end)
-    base = fmt.extend(upper.base)
+    tables = upper.tables(fmt)
+    base = tables.base
     spec = fmt.levels[0]
     table_span = spec.items << spec.shift
     if not whole:
         expected = _touching(expected, start, end, base, table_span - 1)
-    tables = Tables(0, base, upper.row, upper.prot)
     if _compiled(tm, 0, len(base), compiled):
         from iokeep.pt import sweep
 
