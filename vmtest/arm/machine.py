@@ -97,11 +97,15 @@ def boot(machine: Machine, command: Sequence[str], *, seconds: float) -> Guest:
     return _boot(*system(machine), machine, command, seconds)
 
 
-@functools.cache
 def system(machine: Machine) -> tuple[Kernel, Path]:
     """Kernel and user space, fetched when they are not in the cache."""
-    chosen = kernel(machine.mode.flavour)
-    return chosen, userland(functools.partial(_compiled, chosen, machine))
+    return kernel(machine.mode.flavour), _user()
+
+
+@functools.cache
+def _user() -> Path:
+    machine = next(iter(machines().values()))
+    return userland(functools.partial(_compiled, kernel(machine.mode.flavour), machine))
 
 
 def _compiled(chosen: Kernel, machine: Machine, user: Path) -> bytes:

@@ -129,7 +129,9 @@ def userland(compiled: Callable[[Path], bytes]) -> Path:
         apt.update()
         packages = apt.download_all(*USERLAND, suite="stable")
         names = "".join(f"{package.name}\n" for package in packages)
-        if (done / "packages").exists() and (done / "packages").read_text() == names:
+        known = done / "packages"
+        if known.exists() and known.read_text() == names:
+            apt.clean()
             return done
         for package in packages:
             unpack(package, work / "root")
