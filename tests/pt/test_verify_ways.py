@@ -7,12 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iokeep.errors import InputError, MemoryAbsent
+from iokeep.pt import sweep
 from iokeep.pt import verify as verify_module
 from iokeep.pt.diff import diff
 from iokeep.pt.digest import digest
 from iokeep.pt.extents import Extents
 from iokeep.pt.leaves import extents
 from iokeep.pt.registry import open_format
+from iokeep.pt.tables import TableMemory, descend
 from iokeep.pt.verify import verify
 from iokeep.pt.walk import walk
 
@@ -89,6 +91,27 @@ def verify_alone(built, truth):
         return verify(*built.args, truth, compiled=False)
     finally:
         verify_module._proved, verify_module._as_expected = kept
+
+
+@pytest.mark.parametrize("config", FORMATS, ids=lambda c: "-".join([c[0], *map(str, c[1].values())]))
+@pytest.mark.parametrize("small", [False, True])
+def test_whole_tables_of_runs_are_left_to_no_one_else(config, small, new_table):
+    """Whether in contiguous entries of any size or in single items, compiled code proves them by itself."""
+    fmt = open_format(*config)
+    page, items = 1 << fmt.levels[0].shift, fmt.levels[0].items
+    built, rows = new_table(fmt, seed=1), []
+    for n, slide in enumerate((0, 1, 2, 4, 8, 16, 32, 64)):
+        at = BASE + n * 2 * items * page
+        at &= -items * page
+        rows.append((at, at + items * page - 1, 0x8000_0000 + at + slide * page & -page, 1 + n % 3))
+    truth = Extents.of(rows)
+    built.table.map(truth, fmt.levels[0].shift if small else fmt.levels[1].shift - 1)
+    tm = TableMemory(fmt, built.ram)
+    tables = descend(tm, built.table.root_pa).tables(fmt)
+    done = sweep.proved(tm, tables, truth, verify_module.entries_of(fmt, 0)).proved
+    assert len(done) == 8
+    assert done.all()
+    assert verify(*built.args, truth, compiled=True).equal
 
 
 LARGE = [

@@ -69,7 +69,7 @@ class Block:
         if compiled and len(self.base) and verify.sweepable(tm, 0):
             from iokeep.pt import sweep
 
-            self._part = sweep.Plan(tm, self._tables, want).part
+            self._part = sweep.Plan(tm, self._tables, want, verify.entries_of(fmt, 0)).part
         #: tables before this one are compared
         self.at = 0
 

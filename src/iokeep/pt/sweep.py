@@ -21,18 +21,24 @@ from numpy.typing import NDArray
 
 from iokeep.mem.memory import I64, U8, U64
 from iokeep.pt.extents import Extents
-from iokeep.pt.formats.base import LevelSpec
+from iokeep.pt.formats.base import Contig, LevelSpec
 from iokeep.pt.kernels import compiled, in_memory_order, over_threads
 from iokeep.pt.tables import TableMemory, Tables
 
+#: log2 of the items of contiguous entries -> the entry, and permission and constant bits of an item by prot
+Entries = dict[int, tuple[Contig, U64]]
 _ZERO = np.uint64(0)
 _ONE = np.uint64(1)
 _THREE = np.uint64(3)
 _MAX = 2**64 - 1
+#: a cache line of items
+_LINE = np.uint64(8)
 #: beyond so many gaps between extents that are checked already, all are checked at once
 _MANY = 64
 #: bytes of an extent
 _COLUMNS = 25
+#: kind of a table of contiguous entries, log2 of their items << GROUP_SHIFT | 1: at least GROUPED
+GROUP_SHIFT, GROUPED = 4, 16
 
 
 @compiled
@@ -128,6 +134,7 @@ def _runs(
     row: I64,
     kind: U8,
     word: U64,
+    entry: U64,
     step: np.uint64,
     care: np.uint64,
     valid: np.uint64,
@@ -137,8 +144,9 @@ def _runs(
     place: I64,
     out: U8,
 ) -> None:
-    """Tables of kind 0 and 1: out[place[t]] = 1 where proved.
+    """Tables of kind 0, 1 and GROUPED: out[place[t]] = 1 where proved.
 
+    :param word: the first item; ``entry`` that of a GROUPED table, where it holds contiguous entries.
     :param hint: bits that say "contiguous" in all items of an aligned run or in none, and never matter else;
         ``hint_pa``: bits of the first word that are zero where the run is aligned so; ``agree``: bits
         that never matter else, but must not differ among such items.
@@ -147,7 +155,19 @@ def _runs(
     for t in range(len(row)):
         table = items[row[t]]
         wrong = _ZERO
-        if kind[t] == 1:
+        if kind[t] >= GROUPED:
+            first, model = entry[t], table[_ZERO]
+            group = ~((_ONE << np.uint64(kind[t] >> GROUP_SHIFT)) - _ONE)
+            for i in range(min(size, _LINE)):
+                wrong |= (table[i] ^ (first + (i & group) * step)) & care
+            if wrong == _ZERO:
+                for i in range(size):
+                    wrong |= ((table[i] ^ (first + (i & group) * step)) & care) | ((table[i] ^ model) & agree)
+                if wrong == _ZERO:
+                    out[place[t]] = 1
+                    continue
+            wrong = _ZERO
+        if kind[t] != 0:
             first = word[t]
             for i in range(size):  # unsigned: no check for negative indices, and it vectorises
                 wrong |= (table[i] ^ (first + i * step)) & care
@@ -286,10 +306,11 @@ def hint_bits(spec: LevelSpec) -> tuple[int, int, int]:
 class Plan:
     """What each of some tables must hold, found once: leaves, and nothing else.
 
-    :param e: the expectation, not checked yet.
+    :param e: the expectation, not checked yet. :param entries: contiguous entries that Linux writes where
+        they fit (``verify.entries_of``).
     """
 
-    def __init__(self, tm: TableMemory, tables: Tables, e: Extents) -> None:
+    def __init__(self, tm: TableMemory, tables: Tables, e: Extents, entries: Entries | None = None) -> None:
         spec = tm.fmt.levels[tables.level]
         n, base = len(tables), tables.base
         self._items = tm.view(tables.level).data.view(np.uint64)
@@ -308,15 +329,34 @@ class Plan:
         )  # fmt: skip
         care = ~spec.leaf_ignored & _MAX
         step = (1 << spec.shift) >> spec.pa_shift
-        self._run = [np.uint64(value) for value in (step, care, spec.valid_mask, *hint_bits(spec))]
+        self.entry = self.word
+        hint, hint_pa, agree = hint_bits(spec)
+        if entries and self.counts[1]:
+            self._group(spec, entries)
+            for _, mask in spec.memory:
+                agree |= mask & spec.leaf_ignored
+        self._run = [np.uint64(value) for value in (step, care, spec.valid_mask, hint, hint_pa, agree)]
         self._perm = np.array([bits[1] ^ bits[2] ^ bits[3], bits[3] ^ bits[2], bits[3] ^ bits[1]], np.uint64)
         self._masks = np.array(
             [spec.shift, step, care, spec.valid_mask, small, outside, spec.pa_shift], np.uint64
         )
 
-    def runs(self, rows: I64, kinds: U8, words: U64, place: I64, out: U8) -> None:
-        """Prove tables of kind 0 and 1; see :func:`_runs`."""
-        _runs(self._items, rows, kinds, words, *self._run, place, out)
+    def _group(self, spec: LevelSpec, entries: Entries) -> None:
+        """Tables of one run may be in the largest contiguous entries that fit."""
+        self.entry = self.word.copy()
+        one = np.flatnonzero(self.kind == 1)
+        at, e = self.first[one], self.e
+        slide = (e.iova[at] ^ e.pa[at]) >> np.uint64(spec.shift)
+        for lg2, (_, perms) in sorted(entries.items()):
+            fits = (slide & np.uint64((1 << lg2) - 1)) == 0
+            here = at[fits]
+            pa = e.pa[here] + (self.base[one[fits]] - e.iova[here])
+            self.entry[one[fits]] = spec.pa_words(pa) | perms[e.prot[here]]
+            self.kind[one[fits]] = lg2 << GROUP_SHIFT | 1
+
+    def runs(self, rows: I64, kinds: U8, words: U64, entries: U64, place: I64, out: U8) -> None:
+        """Prove tables that :func:`_runs` can."""
+        _runs(self._items, rows, kinds, words, entries, *self._run, place, out)
 
     def mixed(self, rows: I64, bases: U64, firsts: I64, afters: I64, place: I64, out: U8) -> U64:
         """Prove tables of kind 2. :return: the sums of :func:`_mixed`."""
@@ -335,12 +375,12 @@ class Plan:
         here, out = slice(lo, hi), np.zeros(hi - lo, np.uint8)
         kind = self.kind[here]
         if not (self.counts[2] or self.counts[3]):
-            self.runs(self.row[here], kind, self.word[here], np.arange(hi - lo), out)
+            self.runs(self.row[here], kind, self.word[here], self.entry[here], np.arange(hi - lo), out)
             return out.view(np.bool_)
-        plain, mixed = np.flatnonzero(kind <= 1), np.flatnonzero(kind == 2)
+        plain, mixed = np.flatnonzero(_is_run(kind)), np.flatnonzero(kind == 2)
         if len(plain):
             at = plain + lo
-            self.runs(self.row[at], kind[plain], self.word[at], plain, out)
+            self.runs(self.row[at], kind[plain], self.word[at], self.entry[at], plain, out)
         if len(mixed):
             at = mixed + lo
             sums = self.mixed(self.row[at], self.base[at], self.first[at], self.after[at], mixed, out)
@@ -349,24 +389,32 @@ class Plan:
         return out.view(np.bool_)
 
 
-def proved(tm: TableMemory, tables: Tables, e: Extents, threads: int | None = None) -> Swept:
+def _is_run(kind: U8) -> NDArray[np.bool_]:
+    return (kind & np.uint8(GROUPED - 1)) <= 1
+
+
+def proved(
+    tm: TableMemory, tables: Tables, e: Extents, entries: Entries | None = None, threads: int | None = None
+) -> Swept:
     """Which tables hold exactly what is expected: leaves, and nothing else.
 
-    :param e: the expectation, not checked yet.
+    :param e: the expectation, not checked yet. :param entries: see :class:`Plan`.
     :raises ValueError: it is not sorted and disjoint, or a prot is beyond rw. Above level 0 only what is
         looked at is checked.
     """
-    plan = Plan(tm, tables, e)
+    plan = Plan(tm, tables, e, entries)
     size, base, row, kind, counts = tm.fmt.bytes_of(tables.level), plan.base, plan.row, plan.kind, plan.counts
     n = len(base)
     out = np.zeros(n, np.uint8)
     if counts[0] + counts[1]:
-        chosen = None if counts[0] + counts[1] == n else np.flatnonzero(kind <= 1)
+        chosen = None if counts[0] + counts[1] == n else np.flatnonzero(_is_run(kind))
         place, rows = in_memory_order(row, chosen)
-        kinds, words = (kind, plan.word) if rows is row else (kind[place], plan.word[place])
+        kinds, words, entry = kind, plan.word, plan.entry
+        if rows is not row:
+            kinds, words, entry = kinds[place], words[place], entry[place]
 
         def runs(a: int, b: int) -> None:
-            plan.runs(rows[a:b], kinds[a:b], words[a:b], place[a:b], out)
+            plan.runs(rows[a:b], kinds[a:b], words[a:b], entry[a:b], place[a:b], out)
 
         over_threads(runs, len(rows), size, threads)
     mapped, unsound = 0, False

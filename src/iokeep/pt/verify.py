@@ -112,15 +112,9 @@ class Expectation:
         self.all_sound = bool(self.sound.all())
         #: contiguous entries that Linux writes instead of single items, small to large, and their ``perms``;
         #: those with masks of their own (Armv7s) are left to the judge
-        self.runs: dict[int, tuple[Contig, U64]] = {
-            c.lg2: (c, np.array([fmt.leaf_bits(level, p, c) ^ spec.invert for p in range(4)], np.uint64))
-            for c in sorted(spec.contig, key=lambda c: c.lg2)
-            if c.replicated and spec.shift + c.lg2 in spec.lg2s and _as_items(c)
-        }
+        self.runs = entries_of(fmt, level)
         if not len(extents) or int((extents.last - extents.iova).max()) >> spec.shift == 0:
             self.runs = {}  # single items are what Linux writes
-        elif spec.shift not in spec.lg2s:
-            self.runs = {}  # what is between the entries is not of this level
         #: memory attributes that do not count, but in which the items of one entry must agree
         self.alike = np.uint64(0)
         for c in spec.contig:
@@ -134,6 +128,20 @@ class Expectation:
     def steps(self, offset: U64) -> U64:
         """How much larger words are ``offset`` bytes on."""
         return offset >> np.uint64(self.spec.pa_shift) if self.spec.pa_shift else offset
+
+
+def entries_of(fmt: Format, level: int) -> dict[int, tuple[Contig, U64]]:
+    """Contiguous entries of a level that Linux writes instead of single items: log2 of their items, from
+    small to large -> the entry, and permission and constant bits of an item by prot, as masks see it.
+    """
+    spec = fmt.levels[level]
+    if spec.shift not in spec.lg2s:  # what is between the entries is not of this level
+        return {}
+    return {
+        c.lg2: (c, np.array([fmt.leaf_bits(level, p, c) ^ spec.invert for p in range(4)], np.uint64))
+        for c in sorted(spec.contig, key=lambda c: c.lg2)
+        if c.replicated and spec.shift + c.lg2 in spec.lg2s and c.lg2 <= spec.index_bits and _as_items(c)
+    }
 
 
 def _as_items(contig: Contig) -> bool:
@@ -419,7 +427,7 @@ class _Above:
         if _compiled(tm, level, len(at), self.compiled):
             from iokeep.pt import sweep
 
-            good = sweep.proved(tm, some, e, self.threads).proved
+            good = sweep.proved(tm, some, e, entries_of(tm.fmt, level), self.threads).proved
             good = _other_ways(tm, some, e, good)
         else:
             good = _proved(tm, some, Expectation(tm.fmt, _touched(e, some.base, spec), level), TRIES)
@@ -603,7 +611,7 @@ def verify(
     if _compiled(tm, 0, len(base), compiled):
         from iokeep.pt import sweep
 
-        swept = sweep.proved(tm, tables, expected, threads)
+        swept = sweep.proved(tm, tables, expected, entries_of(fmt, 0), threads)
         proved, mapped = _other_ways(tm, tables, expected, swept.proved), swept.mapped
     else:
         want = Expectation(fmt, expected)
