@@ -8,6 +8,7 @@ import os
 from conf_selftest import (
     IOMMU_TEST_CMD,
     IOMMU_TEST_OP_ADD_RESERVED,
+    IOMMU_TEST_OP_DIRTY,
     IOMMU_TEST_OP_MD_CHECK_MAP,
     IOMMU_TEST_OP_MOCK_DOMAIN_FLAGS,
     IOMMU_TEST_OP_MOCK_DOMAIN_REPLACE,
@@ -190,11 +191,22 @@ class Env:
             setattr(getattr(arg, part), name, value)
         return self.ioctl(fd, IOMMU_TEST_CMD, arg)
 
-    def mock(self, fd, pt):
+    def mock(self, fd, pt, flags=MOCK_FLAGS_DEVICE_NO_DIRTY):
         """A new mock device, attached: (selftest object, HWPT, device)."""
-        flags = {"mock_domain__dev_flags": MOCK_FLAGS_DEVICE_NO_DIRTY}
+        flags = {"mock_domain__dev_flags": flags}
         made = self.test(fd, IOMMU_TEST_OP_MOCK_DOMAIN_FLAGS, pt, **flags).mock_domain
         return made.out_stdev_id, made.out_hwpt_id, made.out_idev_id
+
+    def written(self, fd, hwpt, iova, length, page, bits):
+        """A device behind a mock HWPT writes to the pages whose bits are set; how many."""
+        at = self.buffer(bits.to_bytes(-(-length // page // 8) or 1, "little"))
+        fields = {"iova": iova, "length": length, "page_size": page, "uptr": at}
+        fields = {f"dirty__{key}": given for key, given in fields.items()}
+        return self.test(fd, IOMMU_TEST_OP_DIRTY, hwpt, **fields).dirty.out_nr_dirty
+
+    def pasid(self, fd, op, stdev, pasid, pt=0):
+        """One of IOMMU_TEST_OP_PASID_*."""
+        self.test(fd, op, stdev, pasid__pasid=pasid, pasid__pt_id=pt)
 
     def mock_replace(self, fd, stdev, pt):
         fields = {"mock_domain_replace__pt_id": pt}

@@ -17,8 +17,15 @@ IOMMU_TEST_OP_MOCK_DOMAIN = 2
 IOMMU_TEST_OP_MD_CHECK_MAP = 3
 IOMMU_TEST_OP_MOCK_DOMAIN_REPLACE = 10
 IOMMU_TEST_OP_MOCK_DOMAIN_FLAGS = 12
+IOMMU_TEST_OP_DIRTY = 13
+IOMMU_TEST_OP_PASID_ATTACH = 18
+IOMMU_TEST_OP_PASID_REPLACE = 19
+IOMMU_TEST_OP_PASID_DETACH = 20
+IOMMU_TEST_OP_PASID_CHECK_HWPT = 21
 
 MOCK_FLAGS_DEVICE_NO_DIRTY = 1
+MOCK_FLAGS_DEVICE_PASID = 4
+MOCK_PASID_WIDTH = 20
 MOCK_APERTURE_START = 1 << 24
 MOCK_APERTURE_LAST = (1 << 31) - 1
 MOCK_PAGE_SIZE = 2048
@@ -49,7 +56,13 @@ class CheckMap(ctypes.Structure):
     _fields_ = [("iova", U64), ("length", U64), ("uptr", U64)]
 
 
-class _Dirty(ctypes.Structure):
+class Pasid(ctypes.Structure):
+    """pasid_attach, pasid_replace (pt_id), pasid_detach (none), pasid_check (hwpt_id)."""
+
+    _fields_ = [("pasid", U32), ("pt_id", U32)]
+
+
+class Dirty(ctypes.Structure):
     """The largest member, which gives the union its size."""
 
     _fields_ = [
@@ -68,7 +81,8 @@ class _Union(ctypes.Union):
         ("mock_domain", MockDomain),
         ("mock_domain_replace", Replace),
         ("check_map", CheckMap),
-        ("dirty", _Dirty),
+        ("dirty", Dirty),
+        ("pasid", Pasid),
     ]
 
 

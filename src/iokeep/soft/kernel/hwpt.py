@@ -57,7 +57,8 @@ class HwptPaging(IommufdObject):
         iommufd = ioas.iommufd
         if flags & ~_VALID_FLAGS:
             raise SysError(errno.EOPNOTSUPP, f"HWPT_ALLOC flags {flags:#x}")
-        if flags & uapi.IOMMU_HWPT_ALLOC_DIRTY_TRACKING:
+        dirty = bool(flags & uapi.IOMMU_HWPT_ALLOC_DIRTY_TRACKING)
+        if dirty and not idev.iommu.tracks_dirty(idev.dev):
             raise SysError(errno.EOPNOTSUPP, "this IOMMU has no dirty tracking")
         if flags & uapi.IOMMU_HWPT_FAULT_ID_VALID and flags & uapi.IOMMU_HWPT_ALLOC_NEST_PARENT:
             raise SysError(errno.EOPNOTSUPP, "a nesting parent cannot have a fault queue")
@@ -66,7 +67,7 @@ class HwptPaging(IommufdObject):
             raise SysError(errno.EOPNOTSUPP, "this IOMMU has no nested translation")
         if data_type != uapi.IOMMU_HWPT_DATA_NONE:
             raise SysError(errno.EOPNOTSUPP, f"HWPT_ALLOC of a paging domain with data of type {data_type}")
-        hwpt = cls(iommufd, ioas, idev.iommu.alloc_domain(), auto_domain=immediate)
+        hwpt = cls(iommufd, ioas, idev.iommu.alloc_domain(dirty=dirty), auto_domain=immediate)
         # the id is taken before anything can be given back: a replace lets the old HWPT go later
         iommufd.add(hwpt)
         hwpt.pasid_compat = bool(flags & uapi.IOMMU_HWPT_ALLOC_PASID)

@@ -16,7 +16,7 @@ import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 
@@ -72,6 +72,16 @@ class PciDevice:
         return bdf_text(self.bdf)
 
 
+class DirtyOps(Protocol):
+    """Which pages devices have written (struct iommu_dirty_ops)."""
+
+    def track(self, enable: bool) -> None:
+        """Begin or end."""
+
+    def read(self, iova: int, last: int, *, clear: bool) -> Iterable[Range]:
+        """What was written in [iova, last], in whole leaves."""
+
+
 class Domain:
     """A paging domain: a table, its id in the IOMMU's caches, and the devices that it translates for.
 
@@ -90,6 +100,8 @@ class Domain:
         self._freed = False
         #: an adopted table that is not wholly proved: what proves it
         self.proof: Adoption | None = None
+        #: where the driver can, and the domain was made for it
+        self.dirty: DirtyOps | None = None
         #: digest of what it translates, kept up to date from the moment it is to be preserved
         self.seal: Digest | None = None
         #: bytes of a table where the table code names no size
@@ -455,8 +467,18 @@ class Iommu(ABC):
     def n_ids(self) -> int:
         """One more than the last domain id that hardware can tell apart."""
 
-    def alloc_domain(self) -> Domain:
-        """An empty domain. :raises SysError: ENOMEM, ENOSPC (no domain id left)."""
+    def max_pasid_log2(self, dev: PciDevice) -> int:
+        """Bits of the PASIDs that ``dev`` may use; no device of a platform has any."""
+        return 0
+
+    def tracks_dirty(self, dev: PciDevice) -> bool:
+        """Whether a domain for ``dev`` can say which pages were written (IOMMU_CAP_DIRTY_TRACKING)."""
+        return False
+
+    def alloc_domain(self, *, dirty: bool = False) -> Domain:
+        """An empty domain. :raises SysError: ENOMEM, ENOSPC (no domain id left); EOPNOTSUPP: ``dirty``."""
+        if dirty:
+            raise SysError(errno.EOPNOTSUPP, "this IOMMU has no dirty tracking")
         domain_id = self.FIRST_ID
         while domain_id in self.domains:
             domain_id += 1

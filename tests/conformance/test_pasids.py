@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PASIDs of mock devices (the fixture iommufd_device_pasid of the kernel's selftest); a VFIO device's are in
+test_vfio.py.
+"""
+
+import pytest
+from conf_env import PAGE, Env, outcome, uapi
+from conf_machine import device_kinds, open_machine
+from conf_rows import ABSENT, BASE
+from conf_selftest import (
+    IOMMU_TEST_OP_PASID_ATTACH,
+    IOMMU_TEST_OP_PASID_CHECK_HWPT,
+    IOMMU_TEST_OP_PASID_DETACH,
+    IOMMU_TEST_OP_PASID_REPLACE,
+    MOCK_FLAGS_DEVICE_NO_DIRTY,
+    MOCK_FLAGS_DEVICE_PASID,
+    MOCK_PASID_WIDTH,
+)
+
+MACHINE = open_machine()
+pytestmark = pytest.mark.skipif("mock" not in device_kinds(MACHINE), reason="this machine has no mock IOMMU")
+OPS = {
+    "attach": IOMMU_TEST_OP_PASID_ATTACH,
+    "replace": IOMMU_TEST_OP_PASID_REPLACE,
+    "detach": IOMMU_TEST_OP_PASID_DETACH,
+    "is": IOMMU_TEST_OP_PASID_CHECK_HWPT,
+}
+LAST = (1 << MOCK_PASID_WIDTH) - 1
+#: lists of (operation, PASID, what it is attached to) with their answers. "a" and "b" are HWPTs made for
+#: PASIDs, "plain" is not; the device is on "a" to begin with. "device" moves the device itself
+TRACES = [
+    [("is", 5, "none", None), ("attach", 5, "a", None), ("is", 5, "a", None), ("is", 5, "none", "EINVAL"),
+     ("is", 5, "b", "EINVAL"), ("detach", 5, "none", None), ("is", 5, "none", None)],
+    [("attach", 5, "a", None), ("attach", 5, "a", "EBUSY"), ("attach", 5, "b", "EBUSY"),
+     ("attach", 6, "b", None), ("is", 6, "b", None), ("is", 5, "a", None)],
+    [("replace", 5, "a", "EINVAL"), ("attach", 5, "a", None), ("replace", 5, "b", None),
+     ("is", 5, "b", None), ("replace", 5, "b", None), ("is", 5, "b", None)],
+    [("attach", 5, "plain", "EINVAL"), ("attach", 5, "ioas", "EINVAL"), ("attach", 5, "absent", "ENOENT"),
+     ("attach", 5, "dev", "EINVAL"), ("is", 5, "none", None), ("is", 5, "ioas", "EINVAL"),
+     ("is", 5, "absent", "ENOENT")],
+    [("attach", 5, "a", None), ("replace", 5, "plain", "EINVAL"), ("replace", 5, "ioas", "EINVAL"),
+     ("replace", 5, "absent", "ENOENT"), ("is", 5, "a", None)],
+    [("attach", LAST, "a", None), ("attach", LAST + 1, "a", "EINVAL"), ("is", LAST, "a", None)],
+    [("attach", 0, "a", "EBUSY"), ("attach", 0, "b", "EBUSY")],
+    [("detach", 5, "none", None), ("detach", 5, "none", None)],
+    [("attach", 5, "a", None), ("device", 0, "plain", "EINVAL"), ("device", 0, "ioas", "EINVAL"),
+     ("device", 0, "b", None), ("is", 5, "a", None), ("detach", 5, "none", None),
+     ("device", 0, "plain", None), ("attach", 5, "a", "EINVAL")],
+    [("attach", 5, "b", None), ("destroy", 0, "b", "EBUSY"), ("detach", 5, "none", None),
+     ("destroy", 0, "b", None)],
+    [("attach", 5, "b", None), ("replace", 5, "a", None), ("destroy", 0, "b", None)],
+    # the mock driver fails every second change of this one: the old HWPT stays
+    [("attach", 1024, "a", None), ("replace", 1024, "b", "ENOMEM"), ("is", 1024, "a", None),
+     ("replace", 1024, "b", None), ("is", 1024, "b", None), ("destroy", 0, "b", "EBUSY")],
+]  # fmt: skip
+
+
+@pytest.fixture
+def env(machine):
+    before = machine.warnings()
+    with Env(machine) as opened:
+        yield opened
+    assert machine.warnings() == before
+
+
+def scene(env, flags):
+    fd = env.iommu()
+    names = {"none": 0, "absent": ABSENT, "ioas": env.ioas(fd)}
+    env.map_file(fd, names["ioas"], env.memfd(PAGE), 0, PAGE, BASE)
+    stdev, _, dev = env.mock(fd, names["ioas"], flags)
+    names |= {"dev": dev, "plain": env.hwpt(fd, dev, names["ioas"])}
+    for name in ("a", "b"):
+        names[name] = env.hwpt(fd, dev, names["ioas"], uapi.IOMMU_HWPT_ALLOC_PASID)
+    env.mock_replace(fd, stdev, names["a"])
+    return fd, stdev, names
+
+
+@pytest.mark.parametrize("trace", TRACES, ids=lambda trace: "-".join(str(step[0]) for step in trace))
+def test_pasids(env, trace):
+    fd, stdev, names = scene(env, MOCK_FLAGS_DEVICE_NO_DIRTY | MOCK_FLAGS_DEVICE_PASID)
+    got = []
+    for op, pasid, name, _ in trace:
+        if op == "device":
+            found = outcome(env.mock_replace, fd, stdev, names[name])
+            got.append(found if isinstance(found, str) else None)
+        elif op == "destroy":
+            got.append(outcome(env.destroy, fd, names[name]))
+        else:
+            got.append(outcome(env.pasid, fd, OPS[op], stdev, pasid, names[name]))
+    for pasid in {step[1] for step in trace if step[1]}:
+        env.pasid(fd, OPS["detach"], stdev, pasid)  # the mock device does not do it when it goes
+    assert got == [step[3] for step in trace]
+
+
+def test_a_device_that_has_none(env):
+    fd, stdev, names = scene(env, MOCK_FLAGS_DEVICE_NO_DIRTY)
+    assert outcome(env.pasid, fd, OPS["attach"], stdev, 1, names["a"]) == "EINVAL"
+    assert outcome(env.pasid, fd, OPS["attach"], names["dev"], 1, names["a"]) == "ENOENT"
+    assert outcome(env.pasid, fd, OPS["attach"], ABSENT, 1, names["a"]) == "ENOENT"
+
+
+@pytest.mark.parametrize(("flags", "bits"), [(0, 0), (MOCK_FLAGS_DEVICE_PASID, MOCK_PASID_WIDTH)])
+def test_hardware_information(env, flags, bits):
+    fd, _, names = scene(env, flags)
+    assert env.call(fd, "IOMMU_GET_HW_INFO", dev_id=names["dev"]).out_max_pasid_log2 == bits
