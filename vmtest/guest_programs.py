@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 import shlex
+import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
@@ -15,7 +18,10 @@ from typing import Generic, TypeVar
 import pytest
 from _pytest.mark import ParameterSet
 
+from vmtest.vm import ROOT
+
 T = TypeVar("T")
+GUEST_TESTS = "vmtest/guest/test_client.py"
 #: boots at the same time: each guest has one busy CPU
 _POOL = ThreadPoolExecutor(2)
 
@@ -32,6 +38,7 @@ class Boot(Generic[T]):
     def start(self, mode: str) -> Future[T]:
         """See to it that it runs, or has run."""
         if mode not in self._runs:
+            compiled()
             self._runs[mode] = _POOL.submit(self._call, mode)
         return self._runs[mode]
 
@@ -53,6 +60,24 @@ def pytest_of(*arguments: str) -> str:
     """The command of a run of pytest; :func:`counts` reads its result."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
     return f'{shlex.join(command)} --junitxml="$IOKEEP_VM_RUN/junit.xml"'
+
+
+@functools.cache
+def compiled() -> None:
+    """Have the bytecode of all that the guest imports written here, pytest's own too: that takes a minute of
+    each guest otherwise.
+    """
+    collect = ["pytest", "--collect-only", "-qq", "-p", "no:cacheprovider"]
+    environment = {**os.environ, "PYTHONPATH": f"src:{ROOT}", "IOKEEP_VM_MODE": "", "IOKEEP_MACHINE": "soft"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    for command in (
+        ["compileall", "-q", "src", "vmtest", "tests/conformance"],
+        [*collect, "tests/conformance"],
+        [*collect, "--confcutdir=vmtest/guest", GUEST_TESTS],
+    ):
+        subprocess.run(
+            [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, check=False
+        )
 
 
 def in_turn(*commands: str) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 
 from iokeep.pt.extents import PROT_R, PROT_W, Extents
 from vmtest import vm
-from vmtest.guest_programs import Boot, counts, in_turn, module, pytest_of
+from vmtest.guest_programs import GUEST_TESTS, Boot, counts, in_turn, module, pytest_of
 from vmtest.witnesses import Seen, look, rows, same, traced, without_prot
 
 LAYOUTS = ("scattered", "huge", "edges", "process-memory", "contiguous", "emptied")
@@ -21,7 +21,7 @@ LAYOUTS = ("scattered", "huge", "edges", "process-memory", "contiguous", "emptie
 def visit(mode: str) -> tuple[dict[str, Seen], dict[str, int]]:
     """Boot once for each IOMMU: every layout in it, and guest/test_client.py."""
     out = {}
-    program = in_turn(module("tables"), pytest_of("--confcutdir=vmtest/guest", "vmtest/guest/test_client.py"))
+    program = in_turn(module("tables"), pytest_of("--confcutdir=vmtest/guest", GUEST_TESTS))
     with vm.boot(vm.machines()[mode], program, name=mode, seconds=400) as guest:
         ram = guest.memory()
         for told in guest.documents():

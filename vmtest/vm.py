@@ -45,6 +45,7 @@ _PR_SET_PDEATHSIG = 1
 _DMA_MASK = 2**64 - 1
 _COMMON = (
     "console=ttyS0 panic=-1 oops=panic loglevel=6 kho=on liveupdate=on "
+    "no_timer_check "  # on a busy host the timer is late, and then the kernel panics
     "iommufd.allow_unsafe_interrupts=1 "  # QEMU's AMD IOMMU remaps no interrupts
     "root=root rootfstype=9p rootflags=trans=virtio,version=9p2000.L,msize=1048576,cache=loose ro"
 )

@@ -41,17 +41,19 @@ class SoftMachine:
 
     :ivar transport: system calls of one process. ``mock``: IOMMU_TEST_CMD is there. ``vfio``: device nodes.
     ``luo``: /dev/liveupdate is there. ``noiommu``: IOMMU_IOAS_NOIOMMU_GET_PA is built in. ``iommu``: kind of
-    the hardware.
+    the hardware. ``mode``: parameter ``iommu`` of the software kernel.
     """
 
     name = "soft"
 
-    def __init__(self, iommu="vtd"):
+    def __init__(self, iommu="vtd", mode=None):
         from conf_mock import install
 
         from iokeep.soft.testing import LocalHost
 
-        self.host = LocalHost(64 * MIB, 2, devices=False, iommu=iommu)
+        self.host = LocalHost(
+            64 * MIB, 2, params={"iommu": mode} if mode else None, devices=False, iommu=iommu
+        )
         install(self.host.kernel)
         self.transport = self.host.transport()
         self.mock = self.luo = self.noiommu = True

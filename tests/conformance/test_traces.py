@@ -2,8 +2,9 @@
 """Random traces against the model of areas; on a real kernel also against a software machine beside it.
 
 IOKEEP_TRACES: how many for each kind of device (40); IOKEEP_SEED: the first seed (0);
-IOKEEP_TRACE_LENGTH: operations in each (40). A failure prints the shrunk trace as JSON, which
-IOKEEP_TRACE=FILE runs again.
+IOKEEP_TRACE_LENGTH: operations in each (40); IOKEEP_ANSWERS: a file that conf_answers.py has written;
+IOKEEP_BESIDE: parameter ``iommu`` of the software kernel beside a real one.
+A failure prints the shrunk trace as JSON, which IOKEEP_TRACE=FILE runs again.
 """
 
 import json
@@ -11,6 +12,7 @@ import os
 from pathlib import Path
 
 import pytest
+from conf_answers import plain
 from conf_env import PAGE, RW
 from conf_machine import NOTES, SoftMachine, device_kinds, open_machine
 from conf_rows import BASE
@@ -23,15 +25,35 @@ BATCH = 20
 KINDS = [None, *device_kinds(open_machine())]
 
 
+ANSWERS = os.environ.get("IOKEEP_ANSWERS")
+
+
+class Beside:
+    """A software machine beside a real kernel, made when it is needed. A software machine is alone, and its
+    own judge.
+    """
+
+    def __init__(self, machine):
+        self.machine = machine
+        self.made = None
+        self.answers = json.loads(Path(ANSWERS).read_text()) if ANSWERS else {}
+
+    def get(self):
+        if self.machine.name == "soft":
+            return None
+        self.made = self.made or SoftMachine(self.machine.iommu, os.environ.get("IOKEEP_BESIDE") or None)
+        return self.made
+
+    def close(self):
+        if self.made is not None:
+            self.made.close()
+
+
 @pytest.fixture(scope="module")
-def other(machine):
-    """A software machine beside a real kernel; alone, the machine is its own judge."""
-    if machine.name == "soft":
-        yield None
-        return
-    beside = SoftMachine(machine.iommu)
-    yield beside
-    beside.close()
+def beside(machine):
+    made = Beside(machine)
+    yield made
+    made.close()
 
 
 def batches():
@@ -48,21 +70,26 @@ def check(machine, other, trace, kind):
         return
     shrunk = shrink(trace, lambda each: judge(machine, each, kind, other))
     answer = judge(machine, shrunk, kind, other)
-    pytest.fail(f"{kind}: {answer}\n{json.dumps(shrunk)}")
+    pytest.fail(f"{kind}: {answer or f'not again: {wrong}'}\n{json.dumps(shrunk if answer else trace)}")
 
 
 @pytest.mark.parametrize(("kind", "first", "count"), batches())
-def test_traces(machine, other, kind, first, count):
+def test_traces(machine, beside, kind, first, count):
     for seed in range(first, first + count):
-        check(machine, other, generate(seed, LENGTH, kind), kind)
+        trace = generate(seed, LENGTH, kind)
+        if ANSWERS:
+            answers, wrong = run(machine, trace, kind)
+            if wrong is None and plain(answers) == beside.answers[str(kind)][str(seed)]:
+                continue
+        check(machine, beside.get(), trace, kind)
 
 
-def test_the_trace_of_a_file(machine, other):
+def test_the_trace_of_a_file(machine, beside):
     """IOKEEP_TRACE; without it, one that has been written down."""
     given = os.environ.get("IOKEEP_TRACE")
     text = Path(given).read_text() if given else json.dumps(generate(1, 5, "mock"))
     kind = "mock" if "mock" in KINDS else None
-    check(machine, other, json.loads(text), kind)
+    check(machine, beside.get() if given else None, json.loads(text), kind)
 
 
 def test_count(machine):
