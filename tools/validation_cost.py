@@ -229,8 +229,8 @@ def _answer(m: Measured) -> str:
 1. **A full and exact validation costs one pass over the memory of the tables**: from 64 GiB in 4 KiB
    pages on, `adopt` runs at {low} to {high} of the speed at which one core can read that memory at all,
    which is {small_ms} for 1 TiB; rebuilding takes {warm} times (warm memory) to {fresh} times (fresh
-   memory) as long. In 2 MiB pages the tables have {tables[1]} instead of {tables[0]}, but 1 TiB takes
-   {large_ms}: leaves of that size are still judged one by one ([why](#what-dominates)).
+   memory) as long. In 2 MiB pages the tables have {tables[1]} instead of {tables[0]}, and 1 TiB takes
+   {large_ms}.
 2. **Nobody has to wait for it**: with `deferred` the domain is in use {starts[0]} after the replay of
    {sizes[0]} and {starts[1]} after that of {sizes[1]}, the first unmap of 2 MiB then waits {use}, and all
    else is proved beside the guest; `sealed` also proves, in {in_digest} for {sizes[1]} in one area, that

@@ -48,7 +48,7 @@ from iokeep.pt.tables import (
 
 #: tables of level 0 from so many bytes on are swept by compiled code, where it is loaded and where it is not:
 #: below, NumPy is done before Numba has started
-COMPILED_WARM = 64 << 20
+COMPILED_WARM = 1 << 20
 COMPILED_COLD = 1 << 30
 #: proves tables: memory, rows, kinds, words, IOVAs, first extents, extents after the last, expectation
 Way = Callable[..., NDArray[np.bool_]]
