@@ -31,9 +31,10 @@ TableAllocator = Callable[..., U64]
 TableFree = Callable[..., None]
 
 #: tables of level 0 from so many bytes on are written by compiled code, where it is loaded and where it is
-#: not
+#: not: whole tables, which NumPy writes well, and single pages
 COMPILED_WARM = 1 << 20
-COMPILED_COLD = 128 << 20
+COMPILED_COLD = 1 << 30
+COMPILED_COLD_PAGES = 64 << 20
 #: items written at once: their intermediates stay in the cache
 _BATCH = 1 << 16
 #: up to so many extents and items a map, and so many bytes a look at a range, goes item by item
@@ -226,7 +227,7 @@ class Table:
         """
         if not len(extents):
             return
-        if len(extents) >= _SMALL_ITEMS and self._compiled(len(extents), compiled):
+        if len(extents) >= _SMALL_ITEMS and self._compiled(len(extents), compiled, COMPILED_COLD_PAGES):
             page = self.fmt.levels[0].shift
             single = page in self.fmt.levels[0].lg2s and (max_lg2 is None or max_lg2 >= page)
             if single and self._map_pages(extents):
@@ -242,12 +243,15 @@ class Table:
             runs = choose_leaves(self.fmt, iova, length, extents.pa, extents.prot, max_lg2)
             self._map_arrays(runs, compiled)
 
-    def _compiled(self, items: int, asked: bool | None) -> bool:
-        """Whether so many items of level 0 are written by compiled code: as asked, or where it is faster."""
+    def _compiled(self, items: int, asked: bool | None, cold: int = COMPILED_COLD) -> bool:
+        """Whether so many items of level 0 are written by compiled code: as asked, or where it is faster.
+
+        :param cold: bytes of tables that are worth its start.
+        """
         if asked is None:
             warm = "iokeep.pt.fill" in sys.modules
             asked = os.environ.get("NUMBA_DISABLE_JIT", "0") == "0" and items * self.fmt.item_bytes >= (
-                COMPILED_WARM if warm else COMPILED_COLD
+                COMPILED_WARM if warm else cold
             )
         spec = self.fmt.levels[0]
         plain = self._tm.plain and self._uniform and not spec.pa_pieces
