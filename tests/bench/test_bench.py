@@ -115,6 +115,9 @@ def test_who_waits_for_what():
             later = job in ("deferred-start", "sealed-start")
             assert (split["first_use_ms"] is not None) == later
             assert bool(split["background_ms"]) == later
+            assert (split["longest_tick_ms"] is not None) == later
+            if later:
+                assert 0 < split["longest_tick_ms"] <= split["background_ms"]
             assert split["blackout_ms"] == pytest.approx(sum(split["steps_ms"].values()))
             assert row["areas"] == SIZE >> 21
     fast, slow = rows["adopt", "iokeep"]["split"], rows["adopt", "numpy"]["split"]
@@ -134,7 +137,7 @@ def test_a_policy_that_proves_nothing_is_not_timed(job):
 def test_another_seal_is_not_timed():
     (case,) = cases(["sealed-start"], ["vtdss"], ["contiguous"], ["sequential"], [], SIZE)
     with pytest.raises(AssertionError, match="wrong"):
-        policies._later(case, build(case), bytes(32))
+        policies._later(case, build(case), np.zeros(0, np.uint64), bytes(32))
 
 
 def test_peers_find_what_is_wrong(c_peers):

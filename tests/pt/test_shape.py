@@ -14,7 +14,7 @@ from iokeep.pt.deferred import Deferred
 from iokeep.pt.extents import Extents
 from iokeep.pt.leaves import leaves
 from iokeep.pt.registry import open_format
-from iokeep.pt.shape import crossing, unfit
+from iokeep.pt.shape import crossing, only_leaves, unfit
 from iokeep.pt.tables import TableMemory, descend
 from iokeep.pt.verify import verify
 from iokeep.pt.walk import walk
@@ -287,6 +287,30 @@ def test_a_page_at_two_levels_condemns_both(new_table):
     found = quarantined(built, truth, pages_of(built))
     assert any(a <= case.iova <= b for a, b in found)
     assert any(a <= far <= b for a, b in found)
+
+
+@settings(max_examples=100)
+@given(fmt=st.sampled_from(FORMATS), data=st.data())
+def test_tables_of_leaves_need_no_look(new_table, fmt, data):
+    """What is unfit is the same where the descent leaves them out, whatever is in the table."""
+    built = new_table(fmt)
+    size = 1 << fmt.levels[min(fmt.top_level, 1)].shift
+    rows = [(raw + n * size, size) for raw in starts(fmt) for n in range(data.draw(st.integers(1, 4)))]
+    built.table.map(Extents.of([(extend(fmt, a), extend(fmt, a) + n - 1, a % (1 << 31), 3) for a, n in rows]))
+    for raw in starts(fmt):
+        for _, at, _ in walk(*built.args, extend(fmt, raw)).steps:
+            if data.draw(st.booleans()):
+                pa = at + data.draw(st.integers(0, 3)) * fmt.item_bytes
+                bits = data.draw(st.sampled_from([0, 1, 1 << 12, 1 << (fmt.item_bytes * 8 - 1), 0x7000]))
+                old = int.from_bytes(built.ram.read(pa, fmt.item_bytes), "little")
+                built.ram.write(pa, (old ^ bits).to_bytes(fmt.item_bytes, "little"))
+    owned = pages_of(built)[:: data.draw(st.sampled_from([1, 2]))]
+    tm = TableMemory(fmt, built.ram)
+    whole = unfit(tm, descend(tm, built.table.root_pa), owned)
+    less = descend(tm, built.table.root_pa, known=lambda tables: only_leaves(tm, tables))
+    found = unfit(tm, less, owned)
+    for column in ("iova", "last", "reason", "level", "text"):
+        assert getattr(found, column).tolist() == getattr(whole, column).tolist()
 
 
 def test_owned_goes_with_a_whole_table(new_table):

@@ -230,6 +230,7 @@ def _split(lap: Lap, starting: StartUp | None, method: str) -> dict[str, Any]:
         "blackout_ms": sum(lap.blackout.values()) * 1e3,
         "first_use_ms": None if lap.first_use is None else lap.first_use * 1e3,
         "background_ms": lap.background * 1e3,
+        "longest_tick_ms": None if lap.tick is None else lap.tick * 1e3,
         "steps_ms": {name: seconds * 1e3 for name, seconds in lap.blackout.items()},
     }
 

@@ -133,10 +133,12 @@ def _print(body: dict[str, Any]) -> None:
         )
         if split := row["split"]:
             steps = ", ".join(f"{name} {ms:.3f}" for name, ms in split["steps_ms"].items())
+            longest = split["longest_tick_ms"]
+            tick = "" if longest is None else f" in ticks of {longest:.3f} ms at most"
             use = "" if split["first_use_ms"] is None else f"; first use {split['first_use_ms']:.3f} ms"
             print(
                 f"{'':10}blackout {split['blackout_ms']:.3f} ms ({steps}){use};"
-                f" background {split['background_ms']:.3f} ms"
+                f" background {split['background_ms']:.3f} ms{tick}"
             )
     if body["peers_missing"]:
         print(f"\nwithout the peers in C: {body['peers_missing']}")

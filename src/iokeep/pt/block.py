@@ -64,6 +64,8 @@ class Block:
         self.base = self._tables.base
         #: bytes of the tables above level 0
         self.upper_bytes = upper.visited_bytes(fmt) - len(upper.base) * fmt.bytes_of(0)
+        #: leaves above level 0
+        self.leaves = len(upper.leaves)
         self._plan: verify.Plan | None = None
         self._part = None
         if compiled and len(self.base) and verify.sweepable(tm, 0):

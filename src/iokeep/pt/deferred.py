@@ -40,7 +40,7 @@ from iokeep.pt.compare import Mismatch, clip_extents
 from iokeep.pt.extents import Extents
 from iokeep.pt.formats.base import Format
 from iokeep.pt.leaves import kernels_down, raw_ranges
-from iokeep.pt.shape import unfit
+from iokeep.pt.shape import only_leaves, unfit
 from iokeep.pt.tables import TableMemory, descend
 from iokeep.pt.verify import merged, verify
 
@@ -49,12 +49,17 @@ _MAX = 2**64 - 1
 NAMED = 256
 #: a subtree is not taken to have more bytes of tables than this
 _HUGE = 1 << 49
+#: bytes of tables that a sweep in the background reads at a time, unless told otherwise: nobody waits long
+TICK = 256 << 10
 #: bytes of tables that one piece of a sweep reads at most, whatever the budget
 PIECE = 64 << 20
-#: a block of the sweep is looked up for so many times the budget: its upper tables are half a budget then
-_AHEAD = 256
+#: a block of the sweep is looked up for so many times the budget: its upper tables are an eighth of one then
+_AHEAD = 64
 #: and for less where it is expected in more extents than this
 _EXTENTS = 1 << 16
+#: a large leaf is as much work for a tick as so many bytes of tables, and so is the look-up of a block
+_LEAF = 64
+_LOOKUP = 128 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,18 +148,20 @@ class Deferred:
 
         Goes on by a step at least, so that any budget makes progress; 0 where all is known.
         """
-        read = self._look_at_shape()
+        before = self.table_bytes
+        work = self._look_at_shape()
         if self.done:
             self._block = None
-        while (not read or read < budget) and (self._block is not None or not self.done):
-            read += max(self._step(budget, max(budget - read, 0)), 1)
-        return read
+        while (not work or work < budget) and (self._block is not None or not self.done):
+            work += max(self._step(budget, max(budget - work, 0)), 1)
+        return max(self.table_bytes - before, min(work, 1))
 
     def _step(self, budget: int, left: int) -> int:
-        """One step of the sweep, of about ``left`` bytes of tables; the bytes read."""
+        """One step of the sweep, of about ``left`` bytes of tables; the work that it was, in such bytes."""
         block, before = self._block, self.table_bytes
         if block is None:
             self._begin(budget)
+            return self.table_bytes - before + _LOOKUP
         elif block.left:
             self._compare(block, max(left // self.fmt.table_bytes, 1))
         else:
@@ -162,6 +169,7 @@ class Deferred:
             known = self._known.within(block.start, block.last)
             if known != [Range(block.start, block.last)]:
                 self._settle(*block.rest(known, NAMED), block.start, block.last)
+            return block.leaves * _LEAF
         return self.table_bytes - before
 
     def _begin(self, budget: int) -> None:
@@ -273,7 +281,8 @@ class Deferred:
         owned = self._owned()
         try:
             tm = self._memory()
-            upper = descend(tm, self.root_pa, alike=kernels_down(self._compiled))
+            alike = kernels_down(self._compiled)
+            upper = descend(tm, self.root_pa, alike=alike, known=lambda tables: only_leaves(tm, tables))
             bad = unfit(tm, upper, owned)
         except IokeepError:
             self._owned = None

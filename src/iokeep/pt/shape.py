@@ -37,6 +37,7 @@ from iokeep.pt.tables import (
     RESERVED,
     Items,
     TableMemory,
+    Tables,
     Upper,
     distinct,
     units_of,
@@ -114,6 +115,22 @@ class _Found:
             iova, last = np.array([0, half], np.uint64), np.array([half - _ONE, last[0]], np.uint64)
             reason, level, text = (np.repeat(c, 2) for c in (reason, level, text))
         return Unfit(fmt.extend(iova), fmt.extend(last), reason, level, text)
+
+
+def only_leaves(tm: TableMemory, tables: Tables) -> NDArray[np.bool_]:
+    """Which tables lead to no other: the descent for :func:`unfit` need not look into them."""
+    level = tables.level
+    spec, out = tm.fmt.levels[level], np.zeros(len(tables), np.bool_)
+    if not spec.leaf:
+        return out
+    for lo in range(0, len(tables), CHUNK):
+        row = tables.row[lo : lo + CHUNK]
+        flat = tm.items(row, level).reshape(-1)
+        here = tm.places(level, flat)
+        down = here[~spec.are_leaves(flat[here])] >> spec.index_bits
+        out[lo : lo + CHUNK] = True
+        out[lo + down] = False
+    return out
 
 
 def unfit(tm: TableMemory, upper: Upper, owned: U64) -> Unfit:

@@ -24,6 +24,7 @@ import numpy as np
 from iokeep.errors import InputError, IokeepError
 from iokeep.handover.iommu import DomainRecord
 from iokeep.pt.compare import Mismatch, Verdict
+from iokeep.pt.deferred import TICK
 from iokeep.pt.diff import diff, normalised
 from iokeep.pt.digest import digest_extents
 from iokeep.pt.formats.base import Format
@@ -52,9 +53,8 @@ MAX_MISMATCHES = 4096
 #: ADOPT itself counts layout differences up to these table bytes; VALIDATE_ONLY always does
 LAYOUT_ALWAYS = 16 << 20
 #: DEFERRED and SEALED: the sweep reads so many bytes of tables per second (parameter sweep_rate, 0 = none by
-#: itself), and about so many at a time (sweep_tick)
+#: itself), and about ``TICK`` at a time (sweep_tick)
 SWEEP_RATE = 256 << 20
-SWEEP_TICK = 64 << 10
 #: after a tick it rests at least so many times as long as that took: calls come first
 _SWEEP_REST = 3
 #: seconds until the sweep tries again where it could not go on
@@ -201,7 +201,7 @@ class Priors:
         kernel.claimants.append(self.claims)
         kernel.background.append(self.sweep)
         self._sweep_rate = kernel.params.number("sweep_rate", SWEEP_RATE)
-        self._sweep_tick = max(kernel.params.number("sweep_tick", SWEEP_TICK), 1)
+        self._sweep_tick = max(kernel.params.number("sweep_tick", TICK), 1)
 
     # ---- boot
 

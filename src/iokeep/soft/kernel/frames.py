@@ -386,9 +386,11 @@ class FrameAllocator:
         np.add.at(self.pin_count, pfns, 1)
 
     def pin_runs(self, runs: FrameRuns) -> None:
-        """:meth:`pin` of frames that are each in one run only."""
+        """:meth:`pin` of frames of which none is there twice, as those of one file."""
         if runs.total < _LONG_RUN * len(runs.first):
-            self.pin(runs.pfns())
+            pfns = runs.pfns()
+            self.ref[pfns] += 1
+            self.pin_count[pfns] += 1
             return
         for first, count in zip(runs.first.tolist(), runs.count.tolist(), strict=True):
             self.ref[first : first + count] += 1
