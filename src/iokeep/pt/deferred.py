@@ -193,8 +193,8 @@ class Deferred:
             self._ahead = max(self._ahead // 2, 1)
 
     def _by_kernels(self) -> bool:
-        """Whether a block is compared by compiled code. The sweep never loads it: that holds the interpreter for
-        longer than any tick, from another thread too, and NumPy is not that much slower.
+        """Whether a block is compared by compiled code. The sweep never loads it: that holds the interpreter
+        for longer than any tick, from another thread too, and NumPy is not that much slower.
         """
         if self._compiled is None:
             return "iokeep.pt.sweep" in sys.modules and os.environ.get("NUMBA_DISABLE_JIT", "0") == "0"
