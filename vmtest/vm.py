@@ -266,7 +266,7 @@ def accelerator() -> tuple[str, ...]:
     """QEMU's options for the CPU: KVM where this kernel gets as far with it as to miss its root, else
     software emulation. There are KVMs that start any guest and run only kernels that are made for them.
     """
-    kvm = ("-accel", "kvm", "-cpu", "max,la57=off", "-machine", "kernel-irqchip=split")
+    kvm = ("-accel", "kvm", "-cpu", "max,la57=off", "-smp", "2", "-machine", "kernel-irqchip=split")
     if os.environ.get("IOKEEP_VM_ACCEL") != "tcg" and os.access("/dev/kvm", os.R_OK | os.W_OK):
         command = [
             *installed().command, "-nodefaults", "-display", "none", "-no-reboot", "-machine", "q35", *kvm,
@@ -278,7 +278,8 @@ def accelerator() -> tuple[str, ...]:
             done = None
         if done and not done.returncode and b"Linux version" in done.stdout:
             return kvm
-    return ("-accel", "tcg,thread=multi", "-cpu", "max,la57=off")
+    # a second CPU costs as much again here, and two guests run at a time
+    return ("-accel", "tcg", "-cpu", "max,la57=off", "-smp", "1")
 
 
 def boot(
@@ -365,7 +366,7 @@ def launch(
     listener.listen(1)
     command = [
         *machine, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-        "-name", directory.name, "-smp", "2", "-m", f"{MEMORY >> 20}M",
+        "-name", directory.name, "-m", f"{MEMORY >> 20}M",
         "-object", f"memory-backend-file,id=ram,size={MEMORY},mem-path=/proc/self/fd/{ram},share=on",
         "-serial", f"file:{directory / 'console.log'}",
         "-chardev", f"socket,id=port,path={sockets}/port",

@@ -135,7 +135,7 @@ def _boot(chosen: Kernel, user: Path, machine: Machine, command: Sequence[str], 
     options = [
         *machine.qemu.command, *machine.options,
         "-machine", f"{machine.board},memory-backend=ram,iommu=smmuv3,gic-version=3",
-        "-accel", "tcg,thread=multi", "-cpu", "neoverse-n1",
+        "-accel", "tcg,thread=multi", "-smp", "2", "-cpu", "neoverse-n1",
         "-kernel", str(chosen.image), "-append", _CMDLINE, "-initrd", f"/proc/self/fd/{initramfs}",
         "-chardev", f"file,id=output,path={directory / 'output.log'}",
     ]  # fmt: skip
