@@ -16,15 +16,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from iokeep.errors import InputError, IokeepError, KernelRefused, KernelRefusedPartly, UsageError
+from iokeep.errors import InputError, IokeepError, KernelRefused, UsageError
 from iokeep.iommufd.client import Iommufd, VfioDevice
 from iokeep.luo.client import Session
-from iokeep.restore.manifest import MANIFEST_TOKEN, Area, DeviceEntry, Manifest, file_bytes
+from iokeep.restore.manifest import MANIFEST_TOKEN, Area, DeviceEntry, Manifest
 from iokeep.restore.plan import make_plan
 from iokeep.restore.policies import POLICIES
 from iokeep.restore.proof import Frames, Proof, Table, expected_extents, prove
 from iokeep.restore.run import Live, load_manifest
-from iokeep.restore.save import MFD_ALLOW_SEALING, MFD_CLOEXEC, SEALS_WANTED, Saved
+from iokeep.restore.save import Saved, preserve_files, saving
 from iokeep.uapi.probe import known_ioctls
 from iokeep.uapi.transport import Transport
 
@@ -69,29 +69,8 @@ def save_files(
     if problems:
         raise UsageError("not ready to be saved: " + "; ".join(problems))
     say = watch or (lambda text: None)
-    saved = Saved(transport, session, -1)
-    try:
-        for entry in manifest.files:
-            say(f"file {entry.name}")
-            session.preserve(files[entry.token], entry.token)
-        say("manifest")
-        raw = file_bytes(manifest, 1)
-        saved.manifest_fd = transport.memfd_create("iokeep-manifest", MFD_CLOEXEC | MFD_ALLOW_SEALING)
-        transport.ftruncate(saved.manifest_fd, len(raw))
-        transport.pwrite(saved.manifest_fd, raw, 0)
-        transport.add_seals(saved.manifest_fd, SEALS_WANTED)
-        session.preserve(saved.manifest_fd, MANIFEST_TOKEN)
-    except (IokeepError, OSError) as error:
-        reason = error.what if isinstance(error, IokeepError) else f"{error.strerror or error}"
-        hint = error.hint if isinstance(error, IokeepError) else ""
-        try:
-            saved.cancel()
-        except (IokeepError, OSError) as worse:
-            raise KernelRefusedPartly(
-                f"save: {reason}; and the session could not be closed: {worse}",
-                "close every descriptor of the session",
-            ) from error
-        raise KernelRefused(f"save: {reason}; the session is closed, nothing is preserved", hint) from error
+    with saving(transport, session) as saved:
+        preserve_files(saved, manifest, files, 1, say)
     return saved
 
 

@@ -7,7 +7,8 @@ live update asks for: memfds, then the iommufd that maps them, then the devices 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from iokeep.errors import IokeepError, KernelRefused, KernelRefusedPartly, UsageError
@@ -16,7 +17,7 @@ from iokeep.luo.client import Session
 from iokeep.restore.manifest import MANIFEST_TOKEN, Manifest, file_bytes
 from iokeep.uapi.transport import Transport
 
-__all__ = ["SEALS_WANTED", "Saved", "check_save", "save"]
+__all__ = ["SEALS_WANTED", "Saved", "check_save", "preserve_files", "save", "saving"]
 
 # include/uapi/linux/fcntl.h
 F_SEAL_SEAL = 0x1
@@ -89,6 +90,49 @@ def check_save(
     return out
 
 
+@contextmanager
+def saving(transport: Transport, session: Session) -> Iterator[Saved]:
+    """What is preserved within is preserved whole, or not at all: a failure closes the session.
+
+    :raises KernelRefused: the kernel said no, and nothing is preserved. :raises KernelRefusedPartly: and the
+        closing failed too.
+    """
+    saved = Saved(transport, session, -1)
+    try:
+        yield saved
+    except (IokeepError, OSError) as e:
+        reason = e.what if isinstance(e, IokeepError) else f"{e.strerror or e}"
+        hint = e.hint if isinstance(e, IokeepError) else ""
+        try:
+            saved.cancel()
+        except (IokeepError, OSError) as worse:
+            raise KernelRefusedPartly(
+                f"save: {reason}; and the session could not be closed: {worse}",
+                "close every descriptor of the session",
+            ) from e
+        raise KernelRefused(f"save: {reason}; the session is closed, nothing is preserved", hint) from e
+
+
+def preserve_files(
+    saved: Saved, manifest: Manifest, files: Mapping[int, int], slots: int, say: Callable[[str], None]
+) -> None:
+    """Preserve the memfds, and the manifest in one of its own, which ``saved`` holds from here on.
+
+    Arguments as for :func:`save`; what the kernel says goes through.
+    """
+    transport, session = saved.transport, saved.session
+    for entry in manifest.files:
+        say(f"file {entry.name}")
+        session.preserve(files[entry.token], entry.token)
+    say("manifest")
+    raw = file_bytes(manifest, slots)
+    saved.manifest_fd = transport.memfd_create("iokeep-manifest", MFD_CLOEXEC | MFD_ALLOW_SEALING)
+    transport.ftruncate(saved.manifest_fd, len(raw))
+    transport.pwrite(saved.manifest_fd, raw, 0)
+    transport.add_seals(saved.manifest_fd, SEALS_WANTED)
+    session.preserve(saved.manifest_fd, MANIFEST_TOKEN)
+
+
 def save(
     transport: Transport,
     session: Session,
@@ -114,18 +158,8 @@ def save(
     if problems:
         raise UsageError("not ready to be saved: " + "; ".join(problems))
     say = watch or (lambda text: None)
-    saved = Saved(transport, session, -1)
-    try:
-        for entry in manifest.files:
-            say(f"file {entry.name}")
-            session.preserve(files[entry.token], entry.token)
-        say("manifest")
-        raw = file_bytes(manifest, slots)
-        saved.manifest_fd = transport.memfd_create("iokeep-manifest", MFD_CLOEXEC | MFD_ALLOW_SEALING)
-        transport.ftruncate(saved.manifest_fd, len(raw))
-        transport.pwrite(saved.manifest_fd, raw, 0)
-        transport.add_seals(saved.manifest_fd, SEALS_WANTED)
-        session.preserve(saved.manifest_fd, MANIFEST_TOKEN)
+    with saving(transport, session) as saved:
+        preserve_files(saved, manifest, files, slots, say)
         for hwpt in manifest.hwpts:
             iommufd.mark_preserve(hwpts[hwpt.token], hwpt.token)
         say("iommufd")
@@ -133,15 +167,4 @@ def save(
         for device in manifest.devices:
             say(f"device {device.path}")
             session.preserve(devices[device.token].fd, device.token)
-    except (IokeepError, OSError) as e:
-        reason = e.what if isinstance(e, IokeepError) else f"{e.strerror or e}"
-        hint = e.hint if isinstance(e, IokeepError) else ""
-        try:
-            saved.cancel()
-        except (IokeepError, OSError) as worse:
-            raise KernelRefusedPartly(
-                f"save: {reason}; and the session could not be closed: {worse}",
-                "close every descriptor of the session",
-            ) from e
-        raise KernelRefused(f"save: {reason}; the session is closed, nothing is preserved", hint) from e
     return saved
