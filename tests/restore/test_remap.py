@@ -127,5 +127,8 @@ def test_a_file_that_is_not_as_the_manifest_says_is_not_saved(vmm):
 
 def test_a_kernel_that_says_no_ends_the_session(vmm):
     vmm.luo.create("other").preserve(vmm.files[2], 1)
+    session = vmm.luo.create("vm-1")
     with pytest.raises(KernelRefused, match="nothing is preserved"):
-        save_files(vmm.transport, vmm.luo.create("vm-1"), MANIFEST, vmm.files)
+        save_files(vmm.transport, session, MANIFEST, vmm.files)
+    assert session.fd < 0
+    vmm.luo.create("vm-1").close()  # the kernel has forgotten it: the name is free
