@@ -7,8 +7,6 @@ drivers/iommu/generic_pt/iommu_pt.h (``map_pages``, ``unmap_pages``, ``iova_to_p
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +16,7 @@ from numpy.typing import NDArray
 from iokeep.errors import MemoryAbsent
 from iokeep.mem.arrays import unique
 from iokeep.mem.memory import I64, U8, U64, Rows, WritableMemory
+from iokeep.pt.choice import worth_compiled
 from iokeep.pt.extents import Extents
 from iokeep.pt.formats.base import Contig, Format
 from iokeep.pt.leaves import Leaves, leaf_items, raw_ranges
@@ -248,14 +247,11 @@ class Table:
 
         :param cold: bytes of tables that are worth its start.
         """
-        if asked is None:
-            warm = "iokeep.pt.fill" in sys.modules
-            asked = os.environ.get("NUMBA_DISABLE_JIT", "0") == "0" and items * self.fmt.item_bytes >= (
-                COMPILED_WARM if warm else cold
-            )
+        if not worth_compiled(asked, "fill", items * self.fmt.item_bytes, COMPILED_WARM, cold):
+            return False
         spec = self.fmt.levels[0]
         plain = self._tm.plain and self._uniform and not spec.pa_pieces
-        return asked and plain and self._words[0].dtype == np.uint64
+        return plain and self._words[0].dtype == np.uint64
 
     def _map_pages(self, e: Extents) -> bool:
         """Map single pages of neighbouring IOVAs into new tables, checked as they are written. False = they

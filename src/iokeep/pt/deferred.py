@@ -25,8 +25,6 @@ quarantined at once: a table that is linked at two places shows in no piece alon
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,6 +34,7 @@ from iokeep.errors import IokeepError
 from iokeep.mem.memory import U64, Memory
 from iokeep.mem.ranges import Range, RangeSet
 from iokeep.pt.block import Block
+from iokeep.pt.choice import jit, loaded
 from iokeep.pt.compare import Mismatch, clip_extents
 from iokeep.pt.extents import Extents
 from iokeep.pt.formats.base import Format
@@ -197,7 +196,7 @@ class Deferred:
         for longer than any tick, from another thread too, and NumPy is not that much slower.
         """
         if self._compiled is None:
-            return "iokeep.pt.sweep" in sys.modules and os.environ.get("NUMBA_DISABLE_JIT", "0") == "0"
+            return loaded("sweep") and jit()
         return self._compiled
 
     def _compare(self, block: Block, n: int) -> None:

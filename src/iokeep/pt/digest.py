@@ -30,13 +30,12 @@ accidents and stale state with a fresh key; it is not a MAC against someone who 
 from __future__ import annotations
 
 import hashlib
-import os
-import sys
 
 import numpy as np
 
 from iokeep.errors import InputError
 from iokeep.mem.memory import I64, Memory
+from iokeep.pt.choice import worth_compiled
 from iokeep.pt.extents import U8, U64, Extents
 from iokeep.pt.formats.base import Format
 from iokeep.pt.leaves import LargeRuns, Leaves, kernels_down
@@ -292,11 +291,7 @@ def digest_of(
         out.add(found)
     spec = fmt.levels[0]
     size = len(upper.base) * fmt.table_bytes
-    if compiled is None:
-        warm = "iokeep.pt.sums" in sys.modules
-        compiled = os.environ.get("NUMBA_DISABLE_JIT", "0") == "0" and size >= (
-            COMPILED_WARM if warm else COMPILED_COLD
-        )
+    compiled = worth_compiled(compiled, "sums", size, COMPILED_WARM, COMPILED_COLD)
     blocks = (spec.shift, spec.index_bits) == (12, 9)
     left = np.arange(len(upper.base))
     if compiled and tm.plain and tm.parts[0] == 1 and not spec.pa_pieces:

@@ -19,6 +19,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from iokeep.mem.memory import I64, U8, U64
+from iokeep.pt.choice import jit
 
 _ZERO = np.uint64(0)
 _PAGE = np.uint64(12)
@@ -41,7 +42,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     With ``NUMBA_DISABLE_JIT=1`` the function as it is, without NumPy's warnings of what is meant: words wrap.
     """
-    if os.environ.get("NUMBA_DISABLE_JIT", "0") != "0":
+    if not jit():
         return _quiet(function)
     try:
         cached: Callable[..., Any] = njit(cache=True, nogil=True)(function)

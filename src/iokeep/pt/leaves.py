@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iokeep.mem.memory import Memory
+from iokeep.pt.choice import loaded, worth_compiled
 from iokeep.pt.extents import U8, U64, Extents
 from iokeep.pt.formats.base import Format
 from iokeep.pt.tables import (
@@ -151,17 +150,12 @@ def leaves(fmt: Format, mem: Memory, root_pa: int, start: int = 0, last: int | N
 
 def by_kernels(tables: int, asked: bool | None) -> bool:
     """Whether so many bytes of tables are read by compiled code: as asked, or (None) where that is faster."""
-    if asked is not None:
-        return asked
-    warm = "iokeep.pt.runs" in sys.modules
-    return os.environ.get("NUMBA_DISABLE_JIT", "0") == "0" and tables >= (
-        COMPILED_WARM if warm else COMPILED_COLD
-    )
+    return worth_compiled(asked, "runs", tables, COMPILED_WARM, COMPILED_COLD)
 
 
 def kernels_down(asked: bool | None) -> Alike | None:
     """The compiled way through upper tables, where it costs no start of Numba."""
-    if asked is False or (asked is None and "iokeep.pt.kernels" not in sys.modules):
+    if asked is False or (asked is None and not loaded("kernels")):
         return None
     from iokeep.pt.kernels import alike
 

@@ -15,8 +15,6 @@ What is unproved is then *judged* range by range (``compare``), which is exact a
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -26,6 +24,7 @@ from iokeep.mem.arrays import unique
 from iokeep.mem.memory import I64, U8, U64, Memory
 from iokeep.pt.attributes import Differences, compare_flags, judged, table_traits
 from iokeep.pt.build import choose_leaves
+from iokeep.pt.choice import worth_compiled
 from iokeep.pt.compare import Comparison, Found, LayoutRange, Spans, Verdict, clip_extents, find
 from iokeep.pt.extents import PROT_R, PROT_W, Extents
 from iokeep.pt.formats.base import Contig, Format, LevelSpec
@@ -156,12 +155,8 @@ def sweepable(tm: TableMemory, level: int) -> bool:
 
 def _compiled(tm: TableMemory, level: int, n: int, asked: bool | None) -> bool:
     """Whether ``n`` tables of a level are swept by compiled code; see :func:`verify`."""
-    if asked is None:
-        warm = "iokeep.pt.sweep" in sys.modules
-        asked = os.environ.get("NUMBA_DISABLE_JIT", "0") == "0" and n * tm.fmt.bytes_of(level) >= (
-            COMPILED_WARM if warm else COMPILED_COLD
-        )
-    return asked and sweepable(tm, level)
+    size = n * tm.fmt.bytes_of(level)
+    return worth_compiled(asked, "sweep", size, COMPILED_WARM, COMPILED_COLD) and sweepable(tm, level)
 
 
 class Plan:
