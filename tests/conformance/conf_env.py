@@ -6,6 +6,7 @@ import errno as errnos
 import os
 
 from conf_selftest import (
+    IOMMU_HWPT_DATA_SELFTEST,
     IOMMU_TEST_CMD,
     IOMMU_TEST_OP_ADD_RESERVED,
     IOMMU_TEST_OP_DIRTY,
@@ -179,8 +180,25 @@ class Env:
             option_id=uapi.IOMMU_OPTION_HUGE_PAGES, op=op, object_id=ioas, val64=value or 0,
         ).val64  # fmt: skip
 
-    def hwpt(self, fd, dev, pt, flags=0):
-        return self.call(fd, "IOMMU_HWPT_ALLOC", flags=flags, dev_id=dev, pt_id=pt).out_hwpt_id
+    def hwpt(self, fd, dev, pt, flags=0, data=b"", **fields):
+        """:param data: for the mock driver; with it the HWPT is nested where pt is no IOAS."""
+        fields = {"flags": flags, "dev_id": dev, "pt_id": pt, **fields}
+        if data:
+            fields = {"data_type": IOMMU_HWPT_DATA_SELFTEST, "data_uptr": self.buffer(data), **fields}
+            fields = {"data_len": len(data), **fields}
+        return self.call(fd, "IOMMU_HWPT_ALLOC", **fields).out_hwpt_id
+
+    def invalidate(self, fd, number, data_type, entries, **fields):
+        """(errno's name or None, how many were done); ``entries`` are structures."""
+        request, struct = REQUESTS["IOMMU_HWPT_INVALIDATE"]
+        raw = b"".join(map(bytes, entries))
+        given = {
+            "size": ctypes.sizeof(struct), "hwpt_id": number, "data_uptr": self.buffer(raw or 8),
+            "data_type": data_type, "entry_len": len(raw) // max(1, len(entries)), "entry_num": len(entries),
+        }  # fmt: skip
+        arg = make(struct, {**given, **fields})
+        answer = outcome(self.ioctl, fd, request, arg)
+        return answer if isinstance(answer, str) else None, arg.entry_num
 
     # ---- the mock IOMMU
 

@@ -18,6 +18,7 @@ IOMMU_TEST_OP_MD_CHECK_MAP = 3
 IOMMU_TEST_OP_MOCK_DOMAIN_REPLACE = 10
 IOMMU_TEST_OP_MOCK_DOMAIN_FLAGS = 12
 IOMMU_TEST_OP_DIRTY = 13
+IOMMU_TEST_OP_MD_CHECK_IOTLB = 14
 IOMMU_TEST_OP_PASID_ATTACH = 18
 IOMMU_TEST_OP_PASID_REPLACE = 19
 IOMMU_TEST_OP_PASID_DETACH = 20
@@ -29,6 +30,11 @@ MOCK_PASID_WIDTH = 20
 MOCK_APERTURE_START = 1 << 24
 MOCK_APERTURE_LAST = (1 << 31) - 1
 MOCK_PAGE_SIZE = 2048
+MOCK_IOTLB_NUM = 4
+IOMMU_HWPT_DATA_SELFTEST = 0xDEAD
+IOMMU_HWPT_INVALIDATE_DATA_SELFTEST = 0xDEADBEEF
+IOMMU_TEST_INVALIDATE_FLAG_ALL = 1
+IOMMU_TEST_IOTLB_DEFAULT = 0xBADBEEF
 IOMMU_HW_INFO_TYPE_SELFTEST = 0xFEEDBEEF
 IOMMU_HW_INFO_SELFTEST_REGVAL = 0xDEADBEEF
 
@@ -75,6 +81,22 @@ class Dirty(ctypes.Structure):
     ]
 
 
+class CheckIotlb(ctypes.Structure):
+    _fields_ = [("id", U32), ("iotlb", U32)]
+
+
+class iommu_hwpt_selftest(ctypes.Structure):
+    """What HWPT_ALLOC tells the mock driver (IOMMU_HWPT_DATA_SELFTEST)."""
+
+    _fields_ = [("iotlb", U32), ("pagetable_type", U32)]
+
+
+class iommu_hwpt_invalidate_selftest(ctypes.Structure):
+    """One entry of HWPT_INVALIDATE (IOMMU_HWPT_INVALIDATE_DATA_SELFTEST)."""
+
+    _fields_ = [("flags", U32), ("iotlb_id", U32)]
+
+
 class _Union(ctypes.Union):
     _fields_ = [
         ("add_reserved", AddReserved),
@@ -83,6 +105,7 @@ class _Union(ctypes.Union):
         ("check_map", CheckMap),
         ("dirty", Dirty),
         ("pasid", Pasid),
+        ("check_iotlb", CheckIotlb),
     ]
 
 

@@ -15,6 +15,7 @@ from conf_selftest import (
     MOCK_FLAGS_DEVICE_NO_DIRTY,
     MOCK_FLAGS_DEVICE_PASID,
     MOCK_PASID_WIDTH,
+    iommu_hwpt_selftest,
 )
 
 MACHINE = open_machine()
@@ -27,7 +28,8 @@ OPS = {
 }
 LAST = (1 << MOCK_PASID_WIDTH) - 1
 #: lists of (operation, PASID, what it is attached to) with their answers. "a" and "b" are HWPTs made for
-#: PASIDs, "plain" is not; the device is on "a" to begin with. "device" moves the device itself
+#: PASIDs, "plain" is not; "n" and "m" are nested ones made for PASIDs, "lone" is not, "parent" is below them;
+#: the device is on "a" to begin with. "device" moves the device itself
 TRACES = [
     [("is", 5, "none", None), ("attach", 5, "a", None), ("is", 5, "a", None), ("is", 5, "none", "EINVAL"),
      ("is", 5, "b", "EINVAL"), ("detach", 5, "none", None), ("is", 5, "none", None)],
@@ -49,7 +51,27 @@ TRACES = [
     [("attach", 5, "b", None), ("destroy", 0, "b", "EBUSY"), ("detach", 5, "none", None),
      ("destroy", 0, "b", None)],
     [("attach", 5, "b", None), ("replace", 5, "a", None), ("destroy", 0, "b", None)],
+    [("attach", 5, "n", None), ("is", 5, "n", None), ("attach", 5, "m", "EBUSY"), ("attach", 5, "n", "EBUSY"),
+     ("destroy", 0, "n", "EBUSY"), ("destroy", 0, "parent", "EBUSY"), ("replace", 5, "m", None),
+     ("is", 5, "m", None), ("destroy", 0, "n", None), ("replace", 5, "a", None), ("destroy", 0, "m", None)],
+    [("attach", 5, "lone", "EINVAL"), ("attach", 5, "parent", "EINVAL"), ("is", 5, "none", None),
+     ("attach", 5, "n", None), ("replace", 5, "lone", "EINVAL"), ("replace", 5, "parent", "EINVAL"),
+     ("is", 5, "n", None), ("device", 0, "lone", "EINVAL"), ("device", 0, "parent", "EINVAL")],
+    [("device", 0, "lone", None), ("attach", 5, "n", "EINVAL"), ("device", 0, "n", None),
+     ("attach", 5, "n", None), ("attach", 6, "a", None), ("device", 0, "lone", "EINVAL"),
+     ("is", 0, "n", None)],
+    # PASID 0 is the device itself
+    [("is", 0, "a", None), ("replace", 0, "n", None), ("is", 0, "n", None), ("replace", 0, "ioas", None),
+     ("is", 0, "n", "EINVAL"), ("is", 0, "none", "EINVAL"), ("replace", 0, "dev", "EINVAL"),
+     ("detach", 0, "none", None), ("is", 0, "none", None), ("replace", 0, "a", "EINVAL"),
+     ("device", 0, "a", "EINVAL"), ("device", 0, "absent", "ENOENT"), ("device", 0, "ioas", "EINVAL"),
+     ("attach", 5, "plain", "EINVAL"), ("attach", 5, "n", None), ("attach", 0, "plain", "EINVAL"),
+     ("attach", 0, "m", None), ("is", 0, "m", None), ("attach", 0, "m", "EBUSY")],
     # the mock driver fails every second change of this one: the old HWPT stays
+    [("attach", 1024, "a", None), ("replace", 1024, "n", "ENOMEM"), ("is", 1024, "a", None),
+     ("detach", 1024, "none", None), ("attach", 1024, "n", None), ("is", 1024, "n", None)],
+    [("attach", 1024, "a", None), ("replace", 1024, "a", None), ("attach", 1024, "n", "EBUSY"),
+     ("replace", 1024, "plain", "EINVAL"), ("replace", 1024, "n", "ENOMEM"), ("replace", 1024, "n", None)],
     [("attach", 1024, "a", None), ("replace", 1024, "b", "ENOMEM"), ("is", 1024, "a", None),
      ("replace", 1024, "b", None), ("is", 1024, "b", None), ("destroy", 0, "b", "EBUSY")],
 ]  # fmt: skip
@@ -71,6 +93,9 @@ def scene(env, flags):
     names |= {"dev": dev, "plain": env.hwpt(fd, dev, names["ioas"])}
     for name in ("a", "b"):
         names[name] = env.hwpt(fd, dev, names["ioas"], uapi.IOMMU_HWPT_ALLOC_PASID)
+    names["parent"] = env.hwpt(fd, dev, names["ioas"], uapi.IOMMU_HWPT_ALLOC_NEST_PARENT)
+    for name, nested in (("n", uapi.IOMMU_HWPT_ALLOC_PASID), ("m", uapi.IOMMU_HWPT_ALLOC_PASID), ("lone", 0)):
+        names[name] = env.hwpt(fd, dev, names["parent"], nested, bytes(iommu_hwpt_selftest()))
     env.mock_replace(fd, stdev, names["a"])
     return fd, stdev, names
 
@@ -94,7 +119,11 @@ def test_pasids(env, trace):
 
 def test_a_device_that_has_none(env):
     fd, stdev, names = scene(env, MOCK_FLAGS_DEVICE_NO_DIRTY)
-    assert outcome(env.pasid, fd, OPS["attach"], stdev, 1, names["a"]) == "EINVAL"
+    for name in ("a", "n", "plain", "parent"):
+        assert outcome(env.pasid, fd, OPS["attach"], stdev, 1, names[name]) == "EINVAL"
+    # what is made for PASIDs is for devices without too
+    for name in ("n", "a", "lone", "ioas"):
+        assert isinstance(outcome(env.mock_replace, fd, stdev, names[name]), int)
     assert outcome(env.pasid, fd, OPS["attach"], names["dev"], 1, names["a"]) == "ENOENT"
     assert outcome(env.pasid, fd, OPS["attach"], ABSENT, 1, names["a"]) == "ENOENT"
 

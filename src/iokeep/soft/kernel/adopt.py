@@ -36,7 +36,7 @@ from iokeep.soft.kernel.deferred import Adoption, areas_in, expected_extents
 from iokeep.soft.kernel.device import IommufdDevice
 from iokeep.soft.kernel.files import Ioctl
 from iokeep.soft.kernel.frames import I64, Claim, pas_of
-from iokeep.soft.kernel.hwpt import HwptPaging
+from iokeep.soft.kernel.hwpt import Hwpt, HwptPaging
 from iokeep.soft.kernel.ioas import Ioas
 from iokeep.soft.kernel.iommufd import Iommufd
 from iokeep.soft.kernel.syserror import SysError
@@ -287,19 +287,19 @@ class Priors:
 
     # ---- attachment
 
-    def check_attach(self, idev: IommufdDevice, hwpt: HwptPaging) -> None:
+    def check_attach(self, idev: IommufdDevice, hwpt: Hwpt) -> None:
         """A restored device moves only to where its DMA is the same; no other device gets to a table that is
         known to be wrong. :raises SysError: EPERM, EUCLEAN.
         """
         prior = self.devices.get(idev.dev.index)
         if prior is None or idev.dev not in prior.devices:
-            proof = hwpt.domain.proof
+            proof = hwpt.paging.domain.proof
             if proof is not None and proof.quarantined and idev.dev.domain is not hwpt.domain:
                 raise SysError(errno.EUCLEAN, f"{proof.name} has quarantined ranges: no device is added")
             return
         if hwpt is prior.hwpt:
             return
-        if prior.proofs.get(hwpt) == hwpt.ioas.generation:
+        if isinstance(hwpt, HwptPaging) and prior.proofs.get(hwpt) == hwpt.ioas.generation:
             return
         raise SysError(
             errno.EPERM,
@@ -307,7 +307,7 @@ class Priors:
             "was it proved equal",
         )
 
-    def attached(self, idev: IommufdDevice, hwpt: HwptPaging, before: Domain | None) -> None:
+    def attached(self, idev: IommufdDevice, hwpt: Hwpt, before: Domain | None) -> None:
         """A restored device has moved: where it was the last one, its prior domain is freed."""
         prior = self.devices.get(idev.dev.index)
         if prior is None or idev.dev not in prior.devices or hwpt is prior.hwpt:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from iokeep.soft.kernel.hwpt import HwptPaging
+from iokeep.soft.kernel.hwpt import Hwpt, HwptPaging
 from iokeep.soft.kernel.ioas import Ioas
 from iokeep.soft.kernel.objects import IommufdObject
 from iokeep.soft.kernel.syserror import SysError
 
 if TYPE_CHECKING:
-    from iokeep.soft.kernel.iommu import Iommu, PciDevice
+    from iokeep.soft.kernel.iommu import Domain, Iommu, PciDevice
     from iokeep.soft.kernel.iommufd import Iommufd
+    from iokeep.soft.kernel.nesting import NestedDomain
 
 
 class IommufdDevice(IommufdObject):
@@ -30,10 +31,9 @@ class IommufdDevice(IommufdObject):
     def __init__(self, iommufd: Iommufd, dev: PciDevice) -> None:
         super().__init__(iommufd)
         self.dev = dev
-        self.hwpt: HwptPaging | None = None
-        #: PASID -> HWPT. No device of this platform has PASIDs: as in Linux the attachment is noted all the
-        #: same, and hardware is not touched
-        self.pasids: dict[int, HwptPaging] = {}
+        self.hwpt: Hwpt | None = None
+        #: PASID -> HWPT
+        self.pasids: dict[int, Hwpt] = {}
         self.preserved = False
 
     @property
@@ -74,44 +74,61 @@ class IommufdDevice(IommufdObject):
         :raises SysError: ENOENT, EINVAL, EBUSY, what attach and fill refuse; nothing changed then.
         """
         target = self.target(pt_id)
-        if isinstance(target, HwptPaging):
+        if isinstance(target, Hwpt):
             self._change(target)
             return target.id
         return self._auto_domain(target)
 
-    def target(self, pt_id: int) -> HwptPaging | Ioas:
+    def target(self, pt_id: int) -> Hwpt | Ioas:
         """What a device can be attached to. :raises SysError: ENOENT, EINVAL; EBUSY: nothing may change."""
         if self.preserved:
             raise SysError(errno.EBUSY, f"{self.dev.name} is preserved, its attachment cannot change")
         target = self.iommufd.find(pt_id)
-        if not isinstance(target, HwptPaging | Ioas):
+        if not isinstance(target, Hwpt | Ioas):
             raise SysError(errno.EINVAL, f"{target.type_name} {pt_id} is neither an IOAS nor an HWPT")
         return target
 
     def attach_pasid(self, pasid: int, pt_id: int) -> int:
         """Attach a PASID above 0 to an HWPT made for PASIDs, or move it to another; the HWPT's id.
 
-        :raises SysError: EINVAL: the HWPT, an automatic one, or that of the device itself takes no PASIDs.
+        :raises SysError: EINVAL: the HWPT, an automatic one, or that of the device itself takes no PASIDs, or
+            the device has none so high; what the driver refuses. Nothing changed then.
         """
         hwpt = self.target(pt_id)
-        if not isinstance(hwpt, HwptPaging) or not hwpt.pasid_compat:
+        old = self.pasids.get(pasid)
+        if hwpt is old:
+            return hwpt.id
+        if not isinstance(hwpt, Hwpt) or not hwpt.pasid_compat:
             raise SysError(errno.EINVAL, f"{hwpt.type_name} {pt_id} was not made for PASIDs")
         if self.hwpt is not None and not self.hwpt.pasid_compat:
             raise SysError(errno.EINVAL, f"{self.dev.name} is on HWPT {self.hwpt.id}, not made for PASIDs")
+        self._set_pasid(pasid, hwpt.domain)
         hwpt.users += 1
         self.users += 1
-        self.detach_pasid(pasid)
+        self._leave_pasid(pasid)
         self.pasids[pasid] = hwpt
         return hwpt.id
 
     def detach_pasid(self, pasid: int) -> None:
         """Take a PASID off its HWPT; nothing happens where it is on none."""
+        if pasid in self.pasids:
+            self._set_pasid(pasid, None)
+            self._leave_pasid(pasid)
+
+    def _set_pasid(self, pasid: int, domain: Domain | NestedDomain | None) -> None:
+        """__iommu_set_group_pasid: where a device has no PASIDs, the attachment is only noted."""
+        if self.dev.max_pasids:
+            if pasid >= self.dev.max_pasids:
+                raise SysError(errno.EINVAL, f"{self.dev.name} has PASIDs below {self.dev.max_pasids:#x}")
+            self.iommu.set_pasid(self.dev, pasid, domain)
+
+    def _leave_pasid(self, pasid: int) -> None:
         hwpt = self.pasids.pop(pasid, None)
         if hwpt is not None:
             hwpt.users -= 1
             self.users -= 1
 
-    def _change(self, hwpt: HwptPaging) -> None:
+    def _change(self, hwpt: Hwpt) -> None:
         if self.hwpt is None:
             self.attach_hwpt(hwpt)
         else:
@@ -124,7 +141,7 @@ class IommufdDevice(IommufdObject):
                 self._change(hwpt)
                 return hwpt.id
         immediate = self.hwpt is None
-        hwpt = HwptPaging.alloc(ioas, self, 0, data_type=0, immediate=immediate)
+        hwpt = HwptPaging.alloc(ioas, self, 0, data=None, immediate=immediate)
         if not immediate:
             try:
                 self._replace(hwpt)
@@ -134,36 +151,37 @@ class IommufdDevice(IommufdObject):
             hwpt.auto_domain = True
         return hwpt.id
 
-    def _check(self, hwpt: HwptPaging) -> None:
-        """:raises SysError: EINVAL: a PASID is attached, and the HWPT is not made for them; ENODEV: a fault
-        queue (intel_iommu_enable_iopf: no PRI); modules refuse too.
+    def _check(self, hwpt: Hwpt) -> None:
+        """:raises SysError: EINVAL: a PASID is attached, and the HWPT is not made for them; what the driver
+        says of a fault queue; modules refuse too.
         """
         if self.pasids and not hwpt.pasid_compat:
             raise SysError(errno.EINVAL, f"{self.dev.name} has PASIDs: HWPT {hwpt.id} is not made for them")
         if hwpt.fault is not None:
-            raise SysError(errno.ENODEV, f"{self.dev.name} has no PRI: HWPT {hwpt.id} has a fault queue")
+            self.iommu.enable_iopf(self.dev)
         for check in self.iommufd.kernel.attach_checks:
             check(self, hwpt)
 
-    def _reserve(self, hwpt: HwptPaging) -> None:
+    def _reserve(self, ioas: Ioas) -> None:
         """iopt_table_enforce_dev_resv_regions. :raises SysError: nothing is reserved then."""
         for wanted in self.iommu.RESERVED:
             try:
-                hwpt.ioas.reserve(wanted, self)
+                ioas.reserve(wanted, self)
             except SysError:
-                hwpt.ioas.unreserve(self)
+                ioas.unreserve(self)
                 raise
 
-    def attach_hwpt(self, hwpt: HwptPaging) -> None:
+    def attach_hwpt(self, hwpt: Hwpt) -> None:
         """iommufd_hw_pagetable_attach for a device that is not attached."""
         kernel = self.iommufd.kernel
-        self._reserve(hwpt)
+        ioas = hwpt.paging.ioas
+        self._reserve(ioas)
         before = self.dev.domain
         try:
             self._check(hwpt)
-            self.iommu.set_domain(self.dev, hwpt.domain)
+            hwpt.attach_dev(self)
         except SysError:
-            hwpt.ioas.unreserve(self)
+            ioas.unreserve(self)
             raise
         hwpt.users += 1
         hwpt.devices.append(self)
@@ -172,7 +190,7 @@ class IommufdDevice(IommufdObject):
         for hook in kernel.attached_hooks:
             hook(self, hwpt, before)
 
-    def _replace(self, hwpt: HwptPaging) -> None:
+    def _replace(self, hwpt: Hwpt) -> None:
         """iommufd_device_do_replace: the new domain takes over at one instant."""
         old = self.hwpt
         if old is None:
@@ -180,19 +198,19 @@ class IommufdDevice(IommufdObject):
         if hwpt is old:
             return
         kernel = self.iommufd.kernel
-        other_ioas = hwpt.ioas is not old.ioas
-        if other_ioas:
-            self._reserve(hwpt)
+        ioas, left = hwpt.paging.ioas, old.paging.ioas
+        if ioas is not left:
+            self._reserve(ioas)
         before = self.dev.domain
         try:
             self._check(hwpt)
-            self.iommu.set_domain(self.dev, hwpt.domain)
+            hwpt.attach_dev(self)
         except SysError:
-            if other_ioas:
-                hwpt.ioas.unreserve(self)
+            if ioas is not left:
+                ioas.unreserve(self)
             raise
-        if other_ioas:
-            old.ioas.unreserve(self)
+        if ioas is not left:
+            left.unreserve(self)
         hwpt.users += 1
         hwpt.devices.append(self)
         self.hwpt = hwpt
@@ -209,22 +227,22 @@ class IommufdDevice(IommufdObject):
         if hwpt is not None:
             self._put(hwpt, dropped=True)
 
-    def detach_hwpt(self) -> HwptPaging | None:
+    def detach_hwpt(self) -> Hwpt | None:
         """Take the device off its HWPT, which keeps existing; the HWPT, whose user is dropped already."""
         hwpt = self.hwpt
         if hwpt is None:
             return None
         self.iommu.set_domain(self.dev, None)
         hwpt.devices.remove(self)
-        hwpt.ioas.unreserve(self)
+        hwpt.paging.ioas.unreserve(self)
         hwpt.users -= 1
         self.hwpt = None
         self.users -= 1
         return hwpt
 
-    def _put(self, hwpt: HwptPaging, *, dropped: bool = False) -> None:
+    def _put(self, hwpt: Hwpt, *, dropped: bool = False) -> None:
         """iommufd_hw_pagetable_put: an automatic domain goes with its last device."""
         if not dropped:
             hwpt.users -= 1
-        if hwpt.auto_domain and hwpt.users == 1:
+        if isinstance(hwpt, HwptPaging) and hwpt.auto_domain and hwpt.users == 1:
             self.iommufd.remove(hwpt.id)

@@ -45,11 +45,14 @@ from iokeep.soft.kernel.frames import (
     pfns_of,
 )
 from iokeep.soft.kernel.syserror import SysError
+from iokeep.uapi.iommufd import IOMMU_HWPT_ALLOC_DIRTY_TRACKING, IOMMU_HWPT_ALLOC_NEST_PARENT
 
 if TYPE_CHECKING:
     from iokeep.soft.kernel.deferred import Adoption
     from iokeep.soft.kernel.iommufd import Iommufd
     from iokeep.soft.kernel.kernel import Kernel
+    from iokeep.soft.kernel.nesting import NestedDomain
+    from iokeep.soft.kernel.userdata import UserData
 
 
 @dataclass(eq=False)
@@ -57,7 +60,8 @@ class PciDevice:
     """A device behind the IOMMU.
 
     :param index: its number on the platform. :param bdf: requester id. ``domain``: what translates its DMA,
-        None = blocked. ``owner``: the iommufd that its DMA belongs to.
+        None = blocked. ``owner``: the iommufd that its DMA belongs to. ``max_pasids``: one more than its last
+        PASID; no device of a platform has any.
     """
 
     index: int
@@ -65,6 +69,7 @@ class PciDevice:
     domain: Domain | None = None
     owner: Iommufd | None = None
     has_ats: bool = False
+    max_pasids: int = 0
 
     @property
     def name(self) -> str:
@@ -379,6 +384,8 @@ class Iommu(ABC):
     RESERVED: ClassVar[tuple[Range, ...]] = ()
     #: pa of the registers in the records, where firmware's tables would have them
     REGISTER_BASE: ClassVar[int]
+    #: Linux's driver of it has domain_alloc_nested: the parent is what an HWPT on an HWPT is refused for
+    HAS_NESTED_DOMAINS: ClassVar[bool] = False
 
     fmt: Format
 
@@ -467,13 +474,45 @@ class Iommu(ABC):
     def n_ids(self) -> int:
         """One more than the last domain id that hardware can tell apart."""
 
-    def max_pasid_log2(self, dev: PciDevice) -> int:
-        """Bits of the PASIDs that ``dev`` may use; no device of a platform has any."""
-        return 0
-
     def tracks_dirty(self, dev: PciDevice) -> bool:
         """Whether a domain for ``dev`` can say which pages were written (IOMMU_CAP_DIRTY_TRACKING)."""
         return False
+
+    def alloc_paging(self, dev: PciDevice, flags: int, data: UserData | None) -> Domain:
+        """An empty domain as HWPT_ALLOC wants it for ``dev`` (domain_alloc_paging_flags).
+
+        :param flags: IOMMU_HWPT_ALLOC_*. :param data: of the driver; None: it is told nothing.
+        :raises SysError: EOPNOTSUPP: no IOMMU here nests or takes data; see :meth:`alloc_domain`.
+        """
+        if flags & IOMMU_HWPT_ALLOC_NEST_PARENT:
+            raise SysError(errno.EOPNOTSUPP, f"{dev.name}: this IOMMU has no nested translation")
+        if data is not None:
+            raise SysError(errno.EOPNOTSUPP, f"a paging domain with data of type {data.data_type:#x}")
+        return self.alloc_domain(dirty=bool(flags & IOMMU_HWPT_ALLOC_DIRTY_TRACKING))
+
+    def alloc_nested(self, dev: PciDevice, parent: Domain, flags: int, data: UserData) -> NestedDomain:
+        """A guest's translation on top of ``parent`` (domain_alloc_nested), where ``HAS_NESTED_DOMAINS``.
+
+        :raises SysError: what the driver refuses.
+        """
+        raise AssertionError(f"{dev.name}: no domain of {self.NAME} is a nesting parent")
+
+    def owns(self, domain: Domain) -> bool:
+        """Whether this driver made the domain (domain->owner)."""
+        return domain.iommu is self
+
+    def set_pasid(self, dev: PciDevice, pasid: int, domain: Domain | NestedDomain | None) -> None:
+        """What translates DMA of ``dev`` with a PASID below its ``max_pasids``; None blocks it.
+
+        :raises SysError: what the driver refuses; nothing changed.
+        """
+        raise AssertionError(f"{dev.name}: no device of a platform has PASIDs")
+
+    def enable_iopf(self, dev: PciDevice) -> None:
+        """Before ``dev`` gets a domain with a fault queue. :raises SysError: ENODEV: no device of a platform
+        has PRI (intel_iommu_enable_iopf).
+        """
+        raise SysError(errno.ENODEV, f"{dev.name} has no PRI")
 
     def alloc_domain(self, *, dirty: bool = False) -> Domain:
         """An empty domain. :raises SysError: ENOMEM, ENOSPC (no domain id left); EOPNOTSUPP: ``dirty``."""

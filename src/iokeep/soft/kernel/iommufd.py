@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """/dev/iommu: the file, its objects, and one function for each ioctl.
 
-Each function follows the one of the same name in drivers/iommu/iommufd of Linux 7.3 (ioas.c, hw_pagetable.c,
-device.c, eventq.c, viommu.c, vfio_compat.c), so that the same call fails for the same reason with the same
-errno.
+Each function follows the one of the same name in drivers/iommu/iommufd of Linux 7.3 (ioas.c, device.c,
+viommu.c, vfio_compat.c; those of hw_pagetable.c and eventq.c are in hwpt.py and eventq.py), so that the same
+call fails for the same reason with the same errno.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 from collections.abc import Callable, Iterable
@@ -18,9 +17,16 @@ from typing import TYPE_CHECKING, Any
 from iokeep.mem.ranges import Range
 from iokeep.pt.extents import PROT_R, PROT_W
 from iokeep.soft.kernel.device import IommufdDevice
+from iokeep.soft.kernel.eventq import iommufd_fault_alloc
 from iokeep.soft.kernel.files import File, Ioctl
 from iokeep.soft.kernel.frames import FRAME_BYTES, Claim
-from iokeep.soft.kernel.hwpt import HwptPaging
+from iokeep.soft.kernel.hwpt import (
+    HwptPaging,
+    iommufd_hwpt_alloc,
+    iommufd_hwpt_get_dirty_bitmap,
+    iommufd_hwpt_invalidate,
+    iommufd_hwpt_set_dirty_tracking,
+)
 from iokeep.soft.kernel.ioas import Ioas, Piece
 from iokeep.soft.kernel.objects import IommufdObject
 from iokeep.soft.kernel.pages import ULONG_MAX, Pages
@@ -35,38 +41,8 @@ if TYPE_CHECKING:
 _MAP_FLAGS = uapi.IOMMU_IOAS_MAP_FIXED_IOVA | uapi.IOMMU_IOAS_MAP_WRITEABLE | uapi.IOMMU_IOAS_MAP_READABLE
 #: ranges that one IOAS_ALLOW_IOVAS may bring; Linux has no bound but its memory
 _MAX_RANGES = 1 << 16
-#: IOMMU_HWPT_INVALIDATE_ENTRY_NUM_MAX (hw_pagetable.c) and VEVENTQ_MAX_DEPTH (eventq.c)
-_MAX_INVALIDATIONS = 1 << 19
+#: VEVENTQ_MAX_DEPTH (eventq.c)
 _MAX_EVENTS = 1 << 19
-
-
-class FaultQueue(IommufdObject):
-    """A fault object; no device of this platform has PRI, so it stays empty."""
-
-    type_name = "fault"
-
-    def __init__(self, iommufd: Iommufd) -> None:
-        super().__init__(iommufd)
-
-    def destroy(self) -> None:
-        """Nothing is in it."""
-
-
-class FaultFile(File):
-    """The descriptor of a fault queue: reads give nothing, since no fault ever comes."""
-
-    kind_name = "iommufd fault queue"
-
-    def __init__(self, kernel: Kernel, queue: FaultQueue) -> None:
-        super().__init__(kernel, "[iommufd-pgfault]")
-        self._queue = queue
-        queue.users += 1
-        queue.iommufd.get()
-
-    def release(self) -> None:
-        """Lets the object go."""
-        self._queue.users -= 1
-        self._queue.iommufd.put()
 
 
 class Iommufd(File):
@@ -150,12 +126,15 @@ class Iommufd(File):
     def release(self) -> None:
         """iommufd_fops_release: leaves of the graph of users first, until nothing is left."""
         while self.objects:
-            leaves = [number for number, item in sorted(self.objects.items()) if item.users == 1]
-            if not leaves:
+            dropped = False
+            for number in sorted(self.objects):
+                # one that goes may take others along
+                if number in self.objects and self.objects[number].users == 1:
+                    self._drop(number)
+                    dropped = True
+            if not dropped:
                 names = ", ".join(f"{item.type_name} {number}" for number, item in self.objects.items())
                 raise AssertionError(f"iommufd released with objects in use: {names}")
-            for number in leaves:
-                self._drop(number)
 
     def claims(self) -> Iterable[Claim]:
         """The pins of every IOAS."""
@@ -447,112 +426,7 @@ def iommufd_ioas_noiommu_get_pa(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_ioas
     raise SysError(errno.EOPNOTSUPP, f"IOAS {ioas.id} is behind an IOMMU")
 
 
-# ---- HWPT (hw_pagetable.c)
-
-
-def iommufd_hwpt_alloc(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_hwpt_alloc) -> None:
-    """IOMMU_HWPT_ALLOC."""
-    _reserved(cmd)
-    if (cmd.data_type == uapi.IOMMU_HWPT_DATA_NONE) != (cmd.data_len == 0):
-        raise SysError(errno.EINVAL, f"HWPT data type {cmd.data_type} with {cmd.data_len} bytes")
-    idev = ictx.device(cmd.dev_id)
-    target = ictx.objects.get(cmd.pt_id)
-    if isinstance(target, HwptPaging):
-        # iommufd_hwpt_nested_alloc: only a nesting parent can carry one, and this IOMMU has none
-        if cmd.flags & ~(uapi.IOMMU_HWPT_FAULT_ID_VALID | uapi.IOMMU_HWPT_ALLOC_PASID) or not cmd.data_len:
-            raise SysError(errno.EOPNOTSUPP, f"nested HWPT with flags {cmd.flags:#x}")
-        raise SysError(errno.EINVAL, f"HWPT {cmd.pt_id} is no nesting parent")
-    if not isinstance(target, Ioas):
-        raise SysError(errno.EINVAL, f"object {cmd.pt_id} is neither an IOAS nor an HWPT")
-    hwpt = HwptPaging.alloc(target, idev, cmd.flags, data_type=cmd.data_type, immediate=False)
-    if cmd.flags & uapi.IOMMU_HWPT_FAULT_ID_VALID:
-        fault = ictx.objects.get(cmd.fault_id)
-        if not isinstance(fault, FaultQueue):
-            ictx.remove(hwpt.id)
-            raise SysError(errno.ENOENT, f"object {cmd.fault_id} is no fault queue")
-        fault.users += 1
-        hwpt.fault = fault
-    cmd.out_hwpt_id = hwpt.id
-    call.respond(cmd)
-
-
-def iommufd_hwpt_set_dirty_tracking(
-    ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_hwpt_set_dirty_tracking
-) -> None:
-    """IOMMU_HWPT_SET_DIRTY_TRACKING; what was written before it begins does not count."""
-    if cmd.flags & ~uapi.IOMMU_HWPT_DIRTY_TRACKING_ENABLE:
-        raise SysError(errno.EOPNOTSUPP, f"dirty tracking flags {cmd.flags:#x}")
-    hwpt = ictx.hwpt(cmd.hwpt_id)
-    dirty = hwpt.domain.dirty
-    if dirty is None:
-        raise SysError(errno.EOPNOTSUPP, f"HWPT {hwpt.id} was not made for dirty tracking")
-    enable = bool(cmd.flags & uapi.IOMMU_HWPT_DIRTY_TRACKING_ENABLE)
-    if enable:
-        for area in hwpt.ioas.areas:
-            dirty.read(area.iova, area.last, clear=True)
-    dirty.track(enable)
-
-
-def iommufd_hwpt_get_dirty_bitmap(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_hwpt_get_dirty_bitmap) -> None:
-    """IOMMU_HWPT_GET_DIRTY_BITMAP: sets bits, and clears none. As in Linux 7.3 a hole ends it and a bitmap
-    that is not there takes nothing, and both go unsaid.
-    """
-    if cmd.flags & ~uapi.IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR or getattr(cmd, "__reserved"):
-        raise SysError(errno.EOPNOTSUPP, f"dirty bitmap flags {cmd.flags:#x}")
-    hwpt = ictx.hwpt(cmd.hwpt_id)
-    if not cmd.length:
-        raise SysError(errno.EINVAL, "dirty bitmap of nothing")
-    last = cmd.iova + cmd.length - 1
-    if last > ULONG_MAX:
-        raise SysError(errno.EOVERFLOW, f"iova {cmd.iova:#x} + {cmd.length:#x}")
-    mask = hwpt.ioas.iova_alignment - 1
-    if cmd.iova & mask or (last + 1) & mask or not cmd.page_size:
-        raise SysError(errno.EINVAL, f"dirty bitmap of {cmd.iova:#x} ... {last:#x}")
-    mask = cmd.page_size - 1
-    if cmd.iova & mask or (last + 1) & mask:
-        raise SysError(
-            errno.EINVAL, f"dirty bitmap of {cmd.iova:#x} ... {last:#x} in pages of {cmd.page_size:#x}"
-        )
-    dirty = hwpt.domain.dirty
-    if dirty is None:
-        raise SysError(errno.EOPNOTSUPP, f"HWPT {hwpt.id} was not made for dirty tracking")
-    clear = not cmd.flags & uapi.IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR
-    page = cmd.page_size & -cmd.page_size
-    at = cmd.iova
-    while at <= last and (area := hwpt.ioas.area_at(at, at)) is not None:
-        for found in dirty.read(at, min(last, area.last), clear=clear):
-            first, end = ((each - cmd.iova) // page for each in (found.start, found.last))
-            with contextlib.suppress(SysError):
-                _set_bits(call.process, cmd.data, first, end)
-        at = area.last + 1
-
-
-def _set_bits(process: Process, address: int, first: int, last: int) -> None:
-    """Set bits of a bitmap in user memory, the lowest bit of each byte first. :raises SysError: EFAULT."""
-    start = first // 8
-    size = last // 8 - start + 1
-    ones = ((1 << (last - first + 1)) - 1) << (first - 8 * start)
-    old = int.from_bytes(process.copy_from_user(address + start, size), "little")
-    process.copy_to_user(address + start, (old | ones).to_bytes(size, "little"))
-
-
-def iommufd_hwpt_invalidate(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_hwpt_invalidate) -> None:
-    """IOMMU_HWPT_INVALIDATE: only nested HWPTs and vIOMMUs have guest caches. Copied out with 0 done."""
-    wanted, failure = cmd.entry_num, SysError(errno.EINVAL, "the HWPT has no guest caches", respond=True)
-    cmd.entry_num = 0
-    call.respond(cmd)
-    if getattr(cmd, "__reserved"):
-        failure = SysError(errno.EOPNOTSUPP, "__reserved is not 0", respond=True)
-    elif wanted and (
-        not cmd.data_uptr or not 0 < cmd.entry_len <= FRAME_BYTES or wanted > _MAX_INVALIDATIONS
-    ):
-        failure = SysError(errno.EINVAL, f"{wanted} entries of {cmd.entry_len} bytes", respond=True)
-    elif cmd.hwpt_id not in ictx.objects:
-        failure = SysError(errno.ENOENT, f"iommufd has no object {cmd.hwpt_id}", respond=True)
-    raise failure
-
-
-# ---- devices, faults, vIOMMU (device.c, eventq.c, viommu.c)
+# ---- devices, vIOMMU (device.c, viommu.c)
 
 
 def iommufd_get_hw_info(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_hw_info) -> None:
@@ -578,17 +452,7 @@ def iommufd_get_hw_info(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_hw_info) -> 
     cmd.out_capabilities = 0 if idev.dev.has_ats else uapi.IOMMU_HW_CAP_PCI_ATS_NOT_SUPPORTED
     if idev.iommu.tracks_dirty(idev.dev):
         cmd.out_capabilities |= uapi.IOMMU_HW_CAP_DIRTY_TRACKING
-    cmd.out_max_pasid_log2 = idev.iommu.max_pasid_log2(idev.dev)
-    call.respond(cmd)
-
-
-def iommufd_fault_alloc(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_fault_alloc) -> None:
-    """IOMMU_FAULT_QUEUE_ALLOC."""
-    if cmd.flags:
-        raise SysError(errno.EOPNOTSUPP, f"fault queue flags {cmd.flags:#x}")
-    queue = FaultQueue(ictx)
-    cmd.out_fault_fd = call.process.install(FaultFile(ictx.kernel, queue))
-    cmd.out_fault_id = ictx.add(queue)
+    cmd.out_max_pasid_log2 = max(0, idev.dev.max_pasids.bit_length() - 1)
     call.respond(cmd)
 
 

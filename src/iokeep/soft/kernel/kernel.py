@@ -19,7 +19,7 @@ from iokeep.soft.kernel.process import NoUserMemory, Process, UserMemory
 if TYPE_CHECKING:
     from iokeep.soft.hardware.platform import Platform
     from iokeep.soft.kernel.device import IommufdDevice
-    from iokeep.soft.kernel.hwpt import HwptPaging
+    from iokeep.soft.kernel.hwpt import Hwpt
     from iokeep.soft.kernel.iommu import Domain, Iommu
     from iokeep.soft.kernel.iommufd import Iommufd
     from iokeep.soft.kernel.syscalls import Result
@@ -90,9 +90,9 @@ class Kernel:
         #: asked before a VFIO device is bound to an iommufd; SysError refuses
         self.bind_checks: list[Callable[[VfioDeviceFile, Iommufd], None]] = []
         #: asked before a device is attached to an HWPT; SysError refuses
-        self.attach_checks: list[Callable[[IommufdDevice, HwptPaging], None]] = []
+        self.attach_checks: list[Callable[[IommufdDevice, Hwpt], None]] = []
         #: told after it was, with the domain that translated for the device before (None: blocked)
-        self.attached_hooks: list[Callable[[IommufdDevice, HwptPaging, Domain | None], None]] = []
+        self.attached_hooks: list[Callable[[IommufdDevice, Hwpt, Domain | None], None]] = []
         #: VFIO files that are bound, by device index
         self.vfio_bound: dict[int, VfioDeviceFile] = {}
         #: warnings since boot ("WARN_ON"): a kernel that has any is not to be trusted

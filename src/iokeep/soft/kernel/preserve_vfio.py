@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from iokeep.handover.iommu import VfioRecord
 from iokeep.soft.kernel.adopt import Priors
 from iokeep.soft.kernel.files import File, Ioctl
+from iokeep.soft.kernel.hwpt import HwptPaging
 from iokeep.soft.kernel.iommufd import Iommufd
 from iokeep.soft.kernel.luo import FileHandler, LuoFile, Session
 from iokeep.soft.kernel.preserve_iommufd import IommufdHandler, PreservedIommufd
@@ -90,7 +91,7 @@ class VfioHandler(FileHandler):
         """The device into the FLB, its record into preserved memory; its pa."""
         now = self.freeze_now()
         hwpt = private.idev.hwpt
-        if hwpt is None:
+        if not isinstance(hwpt, HwptPaging):
             raise SysError(errno.EINVAL, f"{file.name} is not attached any more")
         index = now.add_device(private.idev.dev, private.token, hwpt.domain)
         return now.write_vfio(VfioRecord(0, private.idev.dev.bdf, index, private.iommufd_token))

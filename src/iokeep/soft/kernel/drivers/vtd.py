@@ -125,6 +125,7 @@ class Vtd(Iommu):
     #: intel_iommu_get_resv_regions: IOAPIC_RANGE_START ... END
     RESERVED = (Range(0xFEE0_0000, 0xFEEF_FFFF),)
     REGISTER_BASE = 0xFED90000
+    HAS_NESTED_DOMAINS = True
 
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)

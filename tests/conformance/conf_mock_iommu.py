@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mock IOMMU's driver for the software kernel, as drivers/iommu/iommufd/selftest.c of Linux 7.3.4 has it.
+
+Pages of 2 KiB, IOVAs from 16 MiB to 2 GiB - 1. It nests: a guest's domain is four IOTLB entries.
+"""
+
+import errno
+from dataclasses import dataclass
+
+import numpy as np
+from conf_selftest import (
+    IOMMU_HW_INFO_SELFTEST_REGVAL,
+    IOMMU_HW_INFO_TYPE_SELFTEST,
+    IOMMU_HWPT_DATA_SELFTEST,
+    IOMMU_HWPT_INVALIDATE_DATA_SELFTEST,
+    IOMMU_TEST_INVALIDATE_FLAG_ALL,
+    MOCK_APERTURE_LAST,
+    MOCK_APERTURE_START,
+    MOCK_FLAGS_DEVICE_NO_DIRTY,
+    MOCK_FLAGS_DEVICE_PASID,
+    MOCK_IOTLB_NUM,
+    MOCK_PAGE_SIZE,
+    MOCK_PASID_WIDTH,
+    iommu_hwpt_invalidate_selftest,
+    iommu_hwpt_selftest,
+)
+
+from iokeep.mem.ranges import Range
+from iokeep.soft.kernel.frames import FRAME_BYTES
+from iokeep.soft.kernel.iommu import PciDevice
+from iokeep.soft.kernel.nesting import NestedDomain
+from iokeep.soft.kernel.syserror import SysError
+from iokeep.uapi import iommufd as uapi
+
+#: IOMMU_TEST_PASID_RESERVED
+_FAILING_PASID = 1024
+
+
+@dataclass(eq=False)
+class MockPciDevice(PciDevice):
+    """``flags``: MOCK_FLAGS_DEVICE_*. ``armed``: the next change of PASID 1024 fails."""
+
+    flags: int = 0
+    armed: bool = False
+
+    def __post_init__(self):
+        # PASID 0 is the device itself
+        self.max_pasids = 1 << (MOCK_PASID_WIDTH if self.flags & MOCK_FLAGS_DEVICE_PASID else 0)
+
+
+class MockDirty:
+    """Dirty tracking of a mock domain; its leaves are frames of 4 KiB, as where nothing is contiguous."""
+
+    def __init__(self, domain):
+        self.domain = domain
+        self.on = False
+        self.written = set()
+
+    def track(self, enable):
+        self.on = enable
+
+    def write(self, iova):
+        """What a device does. Pages that are not mapped stay so."""
+        if iova // MOCK_PAGE_SIZE * MOCK_PAGE_SIZE in self.domain.pages:
+            self.written.add(iova // FRAME_BYTES * FRAME_BYTES)
+
+    def read(self, iova, last, *, clear):
+        found = sorted(at for at in self.written if at <= last and at + FRAME_BYTES > iova)
+        if clear:
+            self.written.difference_update(found)
+        return [Range(max(at, iova), min(at + FRAME_BYTES - 1, last)) for at in found]
+
+
+class MockDomain:
+    """What a Domain does for iommufd, in a dict of 2 KiB pages."""
+
+    page_bytes = MOCK_PAGE_SIZE
+    aperture_start = MOCK_APERTURE_START
+    aperture_last = MOCK_APERTURE_LAST
+    proof = None
+
+    def __init__(self, kernel, *, dirty=False):
+        self.kernel = kernel
+        self.devices = set()
+        self.pages = {}
+        self.dirty = MockDirty(self) if dirty else None
+
+    def need(self, iova, last):
+        """Nothing is adopted here."""
+
+    def map(self, extents, max_lg2=None):
+        for i in range(len(extents)):
+            start, last, pa = int(extents.iova[i]), int(extents.last[i]), int(extents.pa[i])
+            if start % MOCK_PAGE_SIZE or (last + 1) % MOCK_PAGE_SIZE or pa % MOCK_PAGE_SIZE:
+                raise AssertionError(f"{start:#x} ... {last:#x} -> {pa:#x} is not in pages")
+            for at in range(start, last + 1, MOCK_PAGE_SIZE):
+                if at in self.pages:
+                    raise AssertionError(f"{at:#x} is mapped already")
+                self.pages[at] = pa + at - start
+
+    def unmap(self, iova, last):
+        for at in range(iova, last + 1, MOCK_PAGE_SIZE):
+            if self.pages.pop(at, None) is None:
+                self.kernel.warn(f"mock: {at:#x} is not mapped")
+            elif self.dirty is not None:
+                self.dirty.written.discard(at)
+
+    def iova_to_phys(self, iovas):
+        def one(iova):
+            page = iova // MOCK_PAGE_SIZE * MOCK_PAGE_SIZE
+            return self.pages[page] + iova - page if page in self.pages else 0
+
+        return np.array([one(int(iova)) for iova in iovas], np.uint64)
+
+    def free(self):
+        if self.devices:
+            raise AssertionError("a mock domain is freed under devices")
+
+
+class MockNested(NestedDomain):
+    """struct mock_iommu_domain_nested."""
+
+    dirty = None
+
+    def __init__(self, iommu, data):
+        if data.data_type != IOMMU_HWPT_DATA_SELFTEST:
+            raise SysError(errno.EOPNOTSUPP, f"nested domain with data of type {data.data_type:#x}")
+        given = data.read(iommu_hwpt_selftest, IOMMU_HWPT_DATA_SELFTEST, "iotlb")
+        self.iommu = iommu
+        self.devices = set()
+        self.iotlb = [given.iotlb] * MOCK_IOTLB_NUM
+
+    def attach_dev(self, dev):
+        self.iommu.set_domain(dev, self)
+
+    def free(self):
+        if self.devices:
+            raise AssertionError("a nested mock domain is freed under devices")
+
+    def cache_invalidate(self, array):
+        """mock_domain_cache_invalidate_user: what is done before one that fails stays so."""
+        if array.data_type != IOMMU_HWPT_INVALIDATE_DATA_SELFTEST:
+            raise SysError(errno.EINVAL, f"invalidation of type {array.data_type:#x}")
+        for i in range(array.entry_num):
+            entry = array.entry(
+                i, iommu_hwpt_invalidate_selftest, IOMMU_HWPT_INVALIDATE_DATA_SELFTEST, "iotlb_id"
+            )
+            if entry.flags & ~IOMMU_TEST_INVALIDATE_FLAG_ALL:
+                raise SysError(errno.EOPNOTSUPP, f"invalidation flags {entry.flags:#x}")
+            if entry.iotlb_id >= MOCK_IOTLB_NUM:
+                raise SysError(errno.EINVAL, f"no IOTLB entry {entry.iotlb_id}")
+            if entry.flags & IOMMU_TEST_INVALIDATE_FLAG_ALL:
+                self.iotlb = [0] * MOCK_IOTLB_NUM
+            else:
+                self.iotlb[entry.iotlb_id] = 0
+            array.done += 1
+
+
+class MockIommu:
+    """What an IOMMU driver does for iommufd (mock_ops)."""
+
+    RESERVED = ()
+    HAS_NESTED_DOMAINS = True
+    _PAGING_FLAGS = (
+        uapi.IOMMU_HWPT_ALLOC_DIRTY_TRACKING | uapi.IOMMU_HWPT_ALLOC_NEST_PARENT | uapi.IOMMU_HWPT_ALLOC_PASID
+    )
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def tracks_dirty(self, dev):
+        return not dev.flags & MOCK_FLAGS_DEVICE_NO_DIRTY
+
+    def alloc_paging(self, dev, flags, data):
+        """mock_domain_alloc_paging_flags."""
+        if flags & ~self._PAGING_FLAGS:
+            raise SysError(errno.EOPNOTSUPP, f"domain flags {flags:#x}")
+        if data is not None:
+            if data.data_type != IOMMU_HWPT_DATA_SELFTEST:
+                raise SysError(errno.EOPNOTSUPP, f"data of type {data.data_type:#x}")
+            given = data.read(iommu_hwpt_selftest, IOMMU_HWPT_DATA_SELFTEST, "iotlb")
+            if given.pagetable_type != 0:
+                raise SysError(errno.EOPNOTSUPP, f"page table type {given.pagetable_type}")
+        return MockDomain(self.kernel, dirty=bool(flags & uapi.IOMMU_HWPT_ALLOC_DIRTY_TRACKING))
+
+    def alloc_nested(self, dev, parent, flags, data):
+        return MockNested(self, data)
+
+    def owns(self, domain):
+        return isinstance(domain, MockDomain)
+
+    def enable_iopf(self, dev):
+        """Every mock device can fault."""
+
+    def set_domain(self, dev, domain):
+        """mock_domain_nop_attach; None: the blocking domain."""
+        if domain is not None and domain.dirty is not None and not self.tracks_dirty(dev):
+            raise SysError(errno.EINVAL, "a domain with dirty tracking, a device without")
+        if dev.domain is not None:
+            dev.domain.devices.discard(dev)
+        dev.domain = domain
+        if domain is not None:
+            domain.devices.add(dev)
+
+    def set_pasid(self, dev, pasid, domain):
+        """mock_domain_set_dev_pasid_nop: every second change of PASID 1024 fails, to see what is undone."""
+        if pasid != _FAILING_PASID:
+            return
+        dev.armed = domain is not None and not dev.armed
+        if domain is not None and not dev.armed:
+            raise SysError(errno.ENOMEM, "asked for")
+
+    def hw_info(self):
+        return IOMMU_HW_INFO_TYPE_SELFTEST, bytes(4) + IOMMU_HW_INFO_SELFTEST_REGVAL.to_bytes(4, "little")
