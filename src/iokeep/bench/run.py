@@ -84,8 +84,8 @@ def _methods(case: Case, built: Built, peers: Peers | None, threads: int) -> tup
     elif case.job == "build":
         pages = np.unique(np.concatenate(upper.pages))
         methods["limit"] = partial(_clear, built, upper.row)
-        methods["iokeep"] = partial(_build_again, built, pages, True)
-        methods["numpy"] = partial(_build_again, built, pages, False)
+        methods["iokeep"] = partial(_build_again, built, pages, True, threads)
+        methods["numpy"] = partial(_build_again, built, pages, False, 1)
     return methods, size
 
 
@@ -120,7 +120,7 @@ def _clear_all(built: Built) -> None:
     built.ram.words[:] = 0
 
 
-def _build_again(built: Built, pages: U64, compiled: bool) -> None:
+def _build_again(built: Built, pages: U64, compiled: bool, threads: int) -> None:
     """The same tables again, into memory of :func:`_clear_all`."""
     fmt, ram = built.fmt, built.ram
     given = 0
@@ -134,7 +134,7 @@ def _build_again(built: Built, pages: U64, compiled: bool) -> None:
 
     stock = pages[pages != np.uint64(built.root_pa)] if fmt.root_bytes > fmt.table_bytes else pages
     table = Table.create(fmt, ram, alloc, lambda gone, size=0: None)
-    table.map(built.extents, max_lg2=built.leaf_lg2, compiled=compiled)
+    table.map(built.extents, max_lg2=built.leaf_lg2, compiled=compiled, threads=threads)
     built.table = table
 
 

@@ -211,7 +211,14 @@ class Table:
 
     # -- map -------------------------------------------------------------------------------------------
 
-    def map(self, extents: Extents, max_lg2: int | None = None, *, compiled: bool | None = None) -> None:
+    def map(
+        self,
+        extents: Extents,
+        max_lg2: int | None = None,
+        *,
+        compiled: bool | None = None,
+        threads: int | None = None,
+    ) -> None:
         """Map every extent, with the leaf sizes that ``iommu_map`` chooses: at each point the largest that
         divides iova and pa and fits. All or nothing.
 
@@ -221,6 +228,7 @@ class Table:
         :param max_lg2: no leaf is larger than 2**max_lg2 bytes (a domain's pgsize_bitmap).
         :param compiled: write tables by Numba (True), by NumPy alone (False), or by size (None). The result
             is the same.
+        :param threads: of compiled writing; None = as ``kernels.thread_count`` says.
         :raises AlreadyMapped: an IOVA of them is mapped. Nothing was changed.
         :raises ValueError: an extent cannot be expressed. Nothing was changed.
         """
@@ -229,7 +237,7 @@ class Table:
         if len(extents) >= _SMALL_ITEMS and self._compiled(len(extents), compiled, COMPILED_COLD_PAGES):
             page = self.fmt.levels[0].shift
             single = page in self.fmt.levels[0].lg2s and (max_lg2 is None or max_lg2 >= page)
-            if single and self._map_pages(extents):
+            if single and self._map_pages(extents, threads):
                 return
         iova, length = self._checked(extents)
         items = (
@@ -240,7 +248,7 @@ class Table:
             self._map_small([run for row in zip(*columns, strict=True) for run in self._runs(*row, max_lg2)])
         else:
             runs = choose_leaves(self.fmt, iova, length, extents.pa, extents.prot, max_lg2)
-            self._map_arrays(runs, compiled)
+            self._map_arrays(runs, compiled, threads)
 
     def _compiled(self, items: int, asked: bool | None, cold: int = COMPILED_COLD) -> bool:
         """Whether so many items of level 0 are written by compiled code: as asked, or where it is faster.
@@ -253,7 +261,7 @@ class Table:
         plain = self._tm.plain and self._uniform and not spec.pa_pieces
         return plain and self._words[0].dtype == np.uint64
 
-    def _map_pages(self, e: Extents) -> bool:
+    def _map_pages(self, e: Extents, threads: int | None) -> bool:
         """Map single pages of neighbouring IOVAs into new tables, checked as they are written. False = they
         are something else; nothing was changed.
         """
@@ -274,7 +282,7 @@ class Table:
         if int(needed[0].row.max()) >= 0:
             return False
         missing = self._allocated(needed)
-        if not fill.pages(fmt, self._words[0].view(np.uint64), needed[0].row, e):
+        if not fill.pages(fmt, self._words[0].view(np.uint64), needed[0].row, e, threads):
             self._give_back([(level, needed[level].pa[new]) for level, new in enumerate(missing)])
             return False
         self._link(needed, missing)
@@ -430,7 +438,7 @@ class Table:
     def _extended(self, raw: int) -> int:
         return int(self.fmt.extend(np.array([raw], np.uint64))[0])
 
-    def _map_arrays(self, runs: list[_Runs], compiled: bool | None) -> None:
+    def _map_arrays(self, runs: list[_Runs], compiled: bool | None, threads: int | None) -> None:
         fmt = self.fmt
         segments = [_cut(fmt, run) for run in runs]
         keys = [np.zeros(0, np.uint64) for _ in fmt.levels]
@@ -438,13 +446,14 @@ class Table:
             keys[seg.level] = unique(keys[seg.level], seg.unique) if len(keys[seg.level]) else seg.unique
         needed = self._needed(keys)
         for seg in segments:  # other sizes may need tables of the same level
-            seg.table = np.searchsorted(needed[seg.level].key, seg.unique)[seg.table]
+            if len(needed[seg.level].key) != len(seg.unique):
+                seg.table = np.searchsorted(needed[seg.level].key, seg.unique)[seg.table]
         replaced: list[tuple[int, U64]] = []
         for seg in segments:
             replaced += self._check_free(seg, needed[seg.level])
         missing = self._allocated(needed)
         for seg in segments:
-            self._write(seg, needed[seg.level].row, compiled)
+            self._write(seg, needed[seg.level].row, compiled, threads)
         self._link(needed, missing)
         self._give_back(replaced)
 
@@ -457,13 +466,16 @@ class Table:
             pas, place = self._alloc(total) if self._uniform else np.zeros(0, np.uint64), 0
             for level in range(fmt.top_level, -1, -1):
                 at, new = needed[level], missing[level]
+                if not len(new):
+                    continue
                 if self._uniform:
-                    at.pa[new] = pas[place : place + len(new)]
-                elif len(new):
-                    at.pa[new] = _tables(fmt, level, len(new), self._alloc)
-                at.row[new] = self._rows(level, at.pa[new])
-                self._clear(level, at.row[new])
-                place += len(new)
+                    given = pas[place : place + len(new)]
+                    place += len(new)
+                else:
+                    given = _tables(fmt, level, len(new), self._alloc)
+                rows = self._rows(level, given)
+                self._clear(level, rows)
+                at.pa[new], at.row[new] = given, rows
         return missing
 
     def _link(self, needed: list[_Needed], missing: list[NDArray[np.intp]]) -> None:
@@ -472,12 +484,10 @@ class Table:
         # The lowest first: what hardware can reach is complete at every moment.
         for level, new in enumerate(missing[:-1]):
             if len(new):
-                bits = np.uint64(fmt.levels[level + 1].index_bits)
-                key = needed[level].key[new]
-                parent = np.searchsorted(needed[level + 1].key, key >> bits)
-                index = (key & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
-                items = fmt.table_items(level + 1, needed[level].pa[new])
-                self._words[level + 1][needed[level + 1].row[parent], index] = items
+                at = needed[level]
+                key, pa = (at.key, at.pa) if len(new) == len(at.key) else (at.key[new], at.pa[new])
+                parent, index = _above(key, needed[level + 1], fmt.levels[level + 1].index_bits)
+                self._words[level + 1][parent, index] = fmt.table_items(level + 1, pa)
 
     def _needed(self, keys: list[U64]) -> list[_Needed]:
         """Tables of every level on the way to those with the sorted ``keys``, per level.
@@ -493,9 +503,7 @@ class Table:
         out = [_Needed(np.zeros(1, np.uint64), root, self._rows(fmt.top_level, root))]
         for level in range(fmt.top_level - 1, -1, -1):
             above, key = out[0], keys[level]
-            bits = np.uint64(fmt.levels[level + 1].index_bits)
-            parent = above.row[np.searchsorted(above.key, key >> bits)]
-            index = (key & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
+            parent, index = _above(key, above, fmt.levels[level + 1].index_bits)
             pa, row = np.zeros(len(key), np.uint64), np.full(len(key), -1, np.int64)
             linked = np.flatnonzero(parent >= 0)
             item = self._load(level + 1, parent[linked], index[linked])
@@ -535,25 +543,27 @@ class Table:
                 replaced += self._emptied(seg.level, item[busy], iova)
         return replaced
 
-    def _write(self, seg: _Segments, rows: I64, compiled: bool | None) -> None:
+    def _write(self, seg: _Segments, rows: I64, compiled: bool | None, threads: int | None) -> None:
         spec = self.fmt.levels[seg.level]
         full = np.flatnonzero(seg.count == spec.items)
         words = self._words[seg.level]
         fast = seg.level == 0 and self._compiled(len(full) * spec.items, compiled)
         simple = self._tm.plains[seg.level] and seg.contig is None and not spec.pa_pieces
         if len(full) and (fast or simple):
-            first = self._leaf_words(seg.level, seg.contig, seg.pa[full], seg.prot[full])
-            place = rows[seg.table[full]]
+            every = len(full) == len(seg.count)
+            some: NDArray[np.intp] | slice = slice(None) if every else full
+            first = self._leaf_words(seg.level, seg.contig, seg.pa[some], seg.prot[some])
+            place = rows[seg.table[some]]
             if fast:
                 from iokeep.pt import fill
 
-                fill.ramps(self.fmt, words.view(np.uint64), place, first, seg.contig)
+                fill.ramps(self.fmt, words.view(np.uint64), place, first, seg.contig, threads)
             else:
                 step = np.uint64((1 << spec.shift) >> spec.pa_shift)
                 ramp = np.arange(spec.items, dtype=np.uint64) * step
                 for n, row in enumerate(place.tolist()):
                     np.add(ramp, first[n], out=words[row])
-            if len(full) == len(seg.count):
+            if every:
                 return
             rest = seg.count != spec.items
             seg = _Segments(
@@ -780,6 +790,15 @@ class Table:
         self._give_back([(top - n, unique(pas)) for n, pas in enumerate(upper.pages) if len(pas)])
 
 
+def _above(key: U64, above: _Needed, bits: int) -> tuple[I64, I64]:
+    """Row of the table above each of the tables with sorted ``key``, and the item there that points to it."""
+    up = key >> np.uint64(bits)
+    first = _firsts(up)
+    row = above.row[np.searchsorted(above.key, up[first])]
+    count = np.diff(first, append=len(up))
+    return np.repeat(row, count), (key & np.uint64((1 << bits) - 1)).view(np.int64)
+
+
 #: level, contiguous entry, raw iova, items, pa, prot
 _Small = tuple[int, Contig | None, int, int, int, int]
 
@@ -866,22 +885,29 @@ def _sorted(runs: _Runs) -> _Runs:
 def _cut(fmt: Format, runs: _Runs) -> _Segments:
     """Runs cut where one table ends and the next begins."""
     spec = fmt.levels[runs.level]
-    shift, bits = np.uint64(spec.shift), np.uint64(spec.index_bits)
+    shift, bits, one = np.uint64(spec.shift), np.uint64(spec.index_bits), np.uint64(1)
     start = runs.iova >> shift  # in items
     key = start >> bits
-    last_key = (start + runs.count.astype(np.uint64) - np.uint64(1)) >> bits
+    last_key = (start + runs.count.view(np.uint64) - one) >> bits
+    index = (start & np.uint64(spec.items - 1)).view(np.int64)
     pa, prot, count = runs.pa, runs.prot, runs.count
     if bool((last_key != key).any()):
         parts = (last_key - key).astype(np.int64) + 1
-        owner = np.repeat(np.arange(len(parts)), parts)
-        nth = np.arange(len(owner)) - np.repeat(np.cumsum(parts) - parts, parts)
-        key = key[owner] + nth.astype(np.uint64)
-        begin = np.maximum(start[owner], key << bits)
-        end = np.minimum((start + count.astype(np.uint64))[owner], (key + np.uint64(1)) << bits)
-        pa, prot = pa[owner] + ((begin - start[owner]) << shift), prot[owner]
-        start, count = begin, (end - begin).astype(np.int64)
-    index = (start & np.uint64(spec.items - 1)).astype(np.int64)
+        after = np.cumsum(parts)
+        head = after - parts
+        inner, total = index, int(after[-1])
+        key = np.arange(total, dtype=np.uint64) + np.repeat(key - head.view(np.uint64), parts)
+        # All but the first and the last piece of a run are whole tables.
+        index, count = np.zeros(total, np.int64), np.full(total, spec.items)
+        index[head], count[head] = inner, spec.items - inner
+        tail = after - 1
+        count[tail] = inner + runs.count - (((parts - 1) << spec.index_bits) + index[tail])
+        begin = np.repeat(pa - (start << shift), parts)
+        pa = begin + (((key << bits) + index.view(np.uint64)) << shift)
+        prot = np.repeat(prot, parts)
     first = _firsts(key)
+    if len(first) == len(key):
+        return _Segments(runs.level, runs.contig, key, index, count, pa, prot, key, np.arange(len(key)))
     step = np.zeros(len(key), np.int64)
     step[first[1:]] = 1
     return _Segments(runs.level, runs.contig, key, index, count, pa, prot, key[first], np.cumsum(step))

@@ -11,6 +11,7 @@ from iokeep.mem.memory import I64, U64
 from iokeep.pt.extents import Extents
 from iokeep.pt.formats.base import Contig, Format
 from iokeep.pt.kernels import compiled, in_memory_order, over_threads
+from iokeep.pt.stores import done, stream
 
 _ZERO = np.uint64(0)
 _ONE = np.uint64(1)
@@ -19,14 +20,16 @@ _MAX = 2**64 - 1
 
 
 @compiled
-def _ramps(words: U64, row: I64, first: U64, step: np.uint64, group: np.uint64) -> None:
-    """Whole tables: item i is first[t] + (i & group) * step."""
+def _ramps(words: U64, row: I64, first: U64, ramp: U64) -> None:
+    """Whole tables: item i is first[t] + ramp[i]."""
     size = np.uint64(words.shape[1])
+    room = np.empty(words.shape[1], np.uint64)
     for t in range(len(row)):
-        table = words[row[t]]
         word = first[t]
         for i in range(size):
-            table[i] = word + (i & group) * step
+            room[i] = word + ramp[i]
+        stream(words[row[t]], room)
+    done()
 
 
 @compiled
@@ -43,8 +46,8 @@ def _pages(
     shift, small, outside, pa_shift = masks[0], masks[1], masks[2], masks[3]
     always, reads, writes = masks[4], masks[5], masks[6]
     odd = _ZERO
+    room = np.empty(words.shape[1], np.uint64)
     for t in range(len(row)):
-        table = words[row[t]][opens[t] : closes[t]]
         n = closes[t] - opens[t]
         iova, last = e[0][extent[t] : extent[t] + n], e[1][extent[t] : extent[t] + n]
         pa, prot = e[2][extent[t] : extent[t] + n], e[3][extent[t] : extent[t] + n]
@@ -55,15 +58,19 @@ def _pages(
             want = at + (i << shift)
             odd |= (iova[i] ^ want) | (last[i] ^ (want + small)) | (to & (small | outside))
             odd |= (p & ~_THREE) | ((p - _ONE) >> shift)
-            table[i] = (
+            room[i] = (
                 (to >> pa_shift) ^ always ^ (reads & (_ZERO - (p & _ONE))) ^ (writes & (_ZERO - (p >> _ONE)))
             )
+        stream(words[row[t]][opens[t] : closes[t]], room)
         if odd != _ZERO:
             return False
+    done()
     return True
 
 
-def ramps(fmt: Format, words: U64, row: I64, first: U64, contig: Contig | None) -> None:
+def ramps(
+    fmt: Format, words: U64, row: I64, first: U64, contig: Contig | None, threads: int | None = None
+) -> None:
     """Write whole tables of level 0 that begin with ``first``, of single items or of contiguous entries.
 
     :param words: all memory, uint64[rows, items].
@@ -73,11 +80,12 @@ def ramps(fmt: Format, words: U64, row: I64, first: U64, contig: Contig | None) 
     place, rows = in_memory_order(row)
     heads = first[place]
     step, group = np.uint64((1 << spec.shift) >> spec.pa_shift), np.uint64(-same & _MAX)
+    ramp = (np.arange(spec.items, dtype=np.uint64) & group) * step
 
     def work(a: int, b: int) -> None:
-        _ramps(words, rows[a:b], heads[a:b], step, group)
+        _ramps(words, rows[a:b], heads[a:b], ramp)
 
-    over_threads(work, len(rows), fmt.table_bytes)
+    over_threads(work, len(rows), fmt.table_bytes, threads)
 
 
 def in_line(fmt: Format, e: Extents) -> bool:
@@ -88,7 +96,7 @@ def in_line(fmt: Format, e: Extents) -> bool:
     return covered and first & ((1 << shift) - 1) == 0 and last - first == (n << shift) - 1
 
 
-def pages(fmt: Format, words: U64, row: I64, e: Extents) -> bool:
+def pages(fmt: Format, words: U64, row: I64, e: Extents, threads: int | None = None) -> bool:
     """Write the items of extents for which :func:`in_line` holds into fresh tables of level 0.
 
     :param row: of the tables, in order of IOVA. :return: False = they are no such pages; the tables then
@@ -114,5 +122,5 @@ def pages(fmt: Format, words: U64, row: I64, e: Extents) -> bool:
         part = (begin[a:b], stop[a:b], extent[a:b], start[a:b])
         sound.append(_pages(words, row[a:b], *part, columns, masks))
 
-    over_threads(work, len(row), 4 * fmt.table_bytes)
+    over_threads(work, len(row), 4 * fmt.table_bytes, threads)
     return all(sound)
