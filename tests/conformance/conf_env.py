@@ -4,6 +4,7 @@
 import ctypes
 import errno as errnos
 import os
+import select
 
 from conf_selftest import (
     IOMMU_HWPT_DATA_SELFTEST,
@@ -110,6 +111,17 @@ class Env:
 
     def bytes_at(self, address, length):
         return ctypes.string_at(address, length)
+
+    def read(self, fd, length):
+        return self.sys(self.t.read, fd, length)
+
+    def write(self, fd, data):
+        return self.sys(self.t.write, fd, data)
+
+    def poll(self, fd):
+        """Whether the file can be read, whether it can be written."""
+        found = self.sys(self.t.poll, fd, select.POLLIN | select.POLLOUT)
+        return bool(found & select.POLLIN), bool(found & select.POLLOUT)
 
     # ---- ioctls
 

@@ -12,12 +12,14 @@ from conf_selftest import (
     IOMMU_TEST_OP_PASID_CHECK_HWPT,
     IOMMU_TEST_OP_PASID_DETACH,
     IOMMU_TEST_OP_PASID_REPLACE,
+    IOMMU_TEST_OP_TRIGGER_IOPF,
     MOCK_FLAGS_DEVICE_NO_DIRTY,
     MOCK_FLAGS_DEVICE_PASID,
 )
 
 from iokeep.soft.kernel.device import IommufdDevice
 from iokeep.soft.kernel.hwpt import Hwpt
+from iokeep.soft.kernel.iopf import report_fault
 from iokeep.soft.kernel.objects import IommufdObject
 from iokeep.soft.kernel.syserror import SysError
 
@@ -149,10 +151,18 @@ def _replace(ictx, call, cmd):
     call.respond(cmd)
 
 
+def _trigger_iopf(ictx, call, cmd):
+    idev = ictx.device(cmd.trigger_iopf.dev_id)
+    if not isinstance(idev, MockDevice):
+        raise SysError(errno.EINVAL, "no mock device")
+    report_fault(idev, *(getattr(cmd.trigger_iopf, each) for each in ("pasid", "grpid", "perm", "addr")))
+
+
 OPS = {
     IOMMU_TEST_OP_MOCK_DOMAIN: _mock_domain,
     IOMMU_TEST_OP_MOCK_DOMAIN_FLAGS: _mock_domain,
     IOMMU_TEST_OP_MOCK_DOMAIN_REPLACE: _replace,
+    IOMMU_TEST_OP_TRIGGER_IOPF: _trigger_iopf,
     IOMMU_TEST_OP_PASID_ATTACH: _pasid_attach,
     IOMMU_TEST_OP_PASID_REPLACE: _pasid_replace,
     IOMMU_TEST_OP_PASID_DETACH: _pasid_detach,

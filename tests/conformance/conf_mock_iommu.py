@@ -161,6 +161,7 @@ class MockIommu:
 
     RESERVED = ()
     HAS_NESTED_DOMAINS = True
+    USER_PASID_TABLE = True
     _PAGING_FLAGS = (
         uapi.IOMMU_HWPT_ALLOC_DIRTY_TRACKING | uapi.IOMMU_HWPT_ALLOC_NEST_PARENT | uapi.IOMMU_HWPT_ALLOC_PASID
     )
@@ -191,6 +192,9 @@ class MockIommu:
 
     def enable_iopf(self, dev):
         """Every mock device can fault."""
+
+    def page_response(self, dev, pasid, grpid, code):
+        """mock_domain_page_response: nothing waits for it."""
 
     def set_domain(self, dev, domain):
         """mock_domain_nop_attach; None: the blocking domain."""

@@ -19,6 +19,7 @@ IOMMU_TEST_OP_MOCK_DOMAIN_REPLACE = 10
 IOMMU_TEST_OP_MOCK_DOMAIN_FLAGS = 12
 IOMMU_TEST_OP_DIRTY = 13
 IOMMU_TEST_OP_MD_CHECK_IOTLB = 14
+IOMMU_TEST_OP_TRIGGER_IOPF = 15
 IOMMU_TEST_OP_PASID_ATTACH = 18
 IOMMU_TEST_OP_PASID_REPLACE = 19
 IOMMU_TEST_OP_PASID_DETACH = 20
@@ -85,6 +86,10 @@ class CheckIotlb(ctypes.Structure):
     _fields_ = [("id", U32), ("iotlb", U32)]
 
 
+class TriggerIopf(ctypes.Structure):
+    _fields_ = [("dev_id", U32), ("pasid", U32), ("grpid", U32), ("perm", U32), ("addr", U64)]
+
+
 class iommu_hwpt_selftest(ctypes.Structure):
     """What HWPT_ALLOC tells the mock driver (IOMMU_HWPT_DATA_SELFTEST)."""
 
@@ -106,6 +111,7 @@ class _Union(ctypes.Union):
         ("dirty", Dirty),
         ("pasid", Pasid),
         ("check_iotlb", CheckIotlb),
+        ("trigger_iopf", TriggerIopf),
     ]
 
 

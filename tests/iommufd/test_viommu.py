@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from iokeep.iommufd.client import Iommufd, IommufdError, VfioDevice
-from iokeep.iommufd.viommu import EventQueue, FaultQueue, Viommu, invalidate
+from iokeep.iommufd.viommu import Event, EventQueue, FaultQueue, Viommu, invalidate
 from iokeep.soft.testing import LocalHost
 from iokeep.uapi import iommufd as uapi
 from iokeep.uapi import vfio
@@ -25,9 +25,21 @@ class Kernel:
         self.answers = answers
         self.calls = []
         self.closed = []
+        self.queue = b""
 
     def close(self, fd):
         self.closed.append(fd)
+
+    def read(self, fd, length):
+        assert length >= len(self.queue)
+        return self.queue
+
+    def write(self, fd, data):
+        self.written = data
+        return len(data)
+
+    def poll(self, fd, events):
+        return events if self.queue else 0
 
     def ioctl(self, fd, request, arg):
         if request == vfio.VFIO_DEVICE_RESET:
@@ -54,6 +66,33 @@ def test_fault_queue():
     assert kernel.closed == [9]
     queue.close()
     assert kernel.closed == [9]
+
+
+def test_faults():
+    kernel = Kernel(IOMMU_FAULT_QUEUE_ALLOC={"out_fault_id": 4, "out_fault_fd": 9})
+    with FaultQueue(Iommufd(kernel, 3)) as queue:
+        assert (queue.ready(), queue.read()) == (False, [])
+        made = [uapi.iommu_hwpt_pgfault(dev_id=n, cookie=n + 1, addr=n << 12) for n in range(3)]
+        kernel.queue = b"".join(map(bytes, made))
+        assert queue.ready()
+        assert [(f.dev_id, f.cookie, f.addr) for f in queue.read(3)] == [
+            (n, n + 1, n << 12) for n in range(3)
+        ]
+        assert queue.respond((1, uapi.IOMMUFD_PAGE_RESP_SUCCESS), (7, uapi.IOMMUFD_PAGE_RESP_INVALID)) == 2
+        assert kernel.written == b"".join(n.to_bytes(4, "little") for n in (1, 0, 7, 1))
+
+
+def test_events():
+    kernel = Kernel(
+        IOMMU_VIOMMU_ALLOC={"out_viommu_id": 7},
+        IOMMU_VEVENTQ_ALLOC={"out_veventq_id": 9, "out_veventq_fd": 11},
+    )
+    with EventQueue(Viommu(Iommufd(kernel, 3), 1, 2, 1), 1, 64) as queue:
+        assert queue.read(4) == []
+        heads = [bytes(uapi.iommufd_vevent_header(*each)) for each in ((0, 5), (0, 8), (1, 9))]
+        kernel.queue = heads[0] + b"data" + heads[1] + b"more" + heads[2]
+        assert queue.ready()
+        assert queue.read(4, 3) == [Event(5, b"data"), Event(8, b"more"), Event(9, None)]
 
 
 def test_viommu():

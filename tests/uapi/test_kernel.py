@@ -4,6 +4,7 @@
 import ctypes
 import errno
 import os
+import select
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,22 @@ def test_files(kernel, memfd):
     fails(errno.EPERM, kernel.ftruncate, memfd, 4096)
     fails(errno.EINVAL, kernel.fallocate, memfd, 0, 0, 0)
     fails(errno.EBADF, kernel.close, 1 << 20)
+
+
+def test_queues(kernel, memfd):
+    out, into = os.pipe()
+    try:
+        assert kernel.poll(out, select.POLLIN) == 0
+        assert kernel.write(into, b"one, two") == 8
+        assert kernel.poll(out, select.POLLIN | select.POLLOUT) == select.POLLIN
+        assert [kernel.read(out, 5), kernel.read(out, 9)] == [b"one, ", b"two"]
+    finally:
+        os.close(out)
+        os.close(into)
+    assert kernel.poll(1 << 20, select.POLLIN) == select.POLLNVAL
+    fails(errno.EBADF, kernel.read, 1 << 20, 1)
+    assert kernel.write(memfd, b"x") == 1
+    assert kernel.pread(memfd, 1, 0) == b"x"
 
 
 def test_mapping(kernel, memfd):

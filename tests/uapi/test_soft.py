@@ -7,6 +7,7 @@ import gc
 import mmap
 import os
 import random
+import select
 import socket
 import struct
 import threading
@@ -44,6 +45,7 @@ class TinyKernel:
         self.files = {}
         self.seals = {}
         self.positions = {}
+        self.short = 0
         self.requests = []
         self.ioctl = lambda request, connection: (0, request.payload)
         self.extents = lambda length: EXTENT.pack(TARGET_RAM, 0, 0, -(-length // PAGE) * PAGE)
@@ -115,6 +117,15 @@ class TinyKernel:
                 file.extend(bytes(max(0, args[0] + len(request.payload) - len(file))))
                 file[args[0] : args[0] + len(request.payload)] = request.payload
                 c.reply(len(request.payload))
+            case Call.READ:
+                at = self.positions.get(fd, 0)
+                data = bytes(self.file(fd)[at : at + args[0]])
+                self.positions[fd] = at + len(data)
+                c.reply(0, data)
+            case Call.WRITE:
+                c.reply(len(request.payload) - self.short)
+            case Call.POLL:
+                c.reply(args[0] & select.POLLIN)
             case Call.MMAP:
                 c.reply(77, self.extents(args[1]))
             case Call.MUNMAP:
@@ -187,6 +198,21 @@ def test_every_file_call(kernel, soft):
     soft.close(fd)
     fails(errno.EBADF, soft.close, fd)
     fails(errno.EBADF, soft.pread, fd, 1, 0)
+
+
+def test_queues(kernel, soft):
+    fd = soft.memfd_create("queue")
+    soft.pwrite(fd, b"one, two", 0)
+    assert [soft.read(fd, 5), soft.read(fd, 9), soft.read(fd, 1)] == [b"one, ", b"two", b""]
+    assert soft.write(fd, b"answer") == 6
+    kernel.short = 2
+    assert soft.write(fd, b"answer") == 4
+    kernel.short = 7
+    fails(errno.EPROTO, soft.write, fd, b"answer")
+    assert soft.poll(fd, select.POLLIN | select.POLLOUT) == select.POLLIN
+    assert soft.poll(fd, select.POLLOUT) == 0
+    soft.read(fd, wire.MAX_PAYLOAD + 5)
+    assert kernel.requests[-1].args == (wire.MAX_PAYLOAD,)
 
 
 def test_long_reads_and_writes_are_cut_to_the_bound(kernel, soft):

@@ -8,7 +8,9 @@ iommufd.rst and include/uapi/linux/iommufd.h.
 from __future__ import annotations
 
 import ctypes
+import select
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from iokeep.iommufd.client import Iommufd, IommufdError
 from iokeep.uapi import iommufd as uapi
@@ -20,8 +22,14 @@ def _call(iommufd: Iommufd, name: str, request: int, arg: ctypes.Structure, /, *
     checked_ioctl(iommufd.transport, iommufd.fd, name, request, arg, about, IommufdError)
 
 
-class FaultQueue(FdOwner):
-    """A queue of IO page faults: its descriptor is read and written as the kernel's header says.
+class _Queue(FdOwner):
+    def ready(self) -> bool:
+        """Whether there is something to read. A process of Linux may also wait for ``fd`` with poll(2)."""
+        return bool(self.transport.poll(self.fd, select.POLLIN))
+
+
+class FaultQueue(_Queue):
+    """A queue of IO page faults.
 
     :ivar id: what an HWPT is made with (``hwpt_alloc(..., flags=IOMMU_HWPT_FAULT_ID_VALID, fault_id=id)``).
     """
@@ -32,8 +40,37 @@ class FaultQueue(FdOwner):
         super().__init__(iommufd.transport, int(arg.out_fault_fd))
         self.id = int(arg.out_fault_id)
 
+    def read(self, most: int = 64) -> list[uapi.iommu_hwpt_pgfault]:
+        """Faults that are there, the oldest first, and no more than ``most`` (1 or more); none: empty. Each
+        waits for an answer to its ``cookie``.
+        """
+        size = ctypes.sizeof(uapi.iommu_hwpt_pgfault)
+        raw = self.transport.read(self.fd, most * size)
+        return [uapi.iommu_hwpt_pgfault.from_buffer_copy(raw, at) for at in range(0, len(raw), size)]
 
-class EventQueue(FdOwner):
+    def respond(self, *answers: tuple[int, int]) -> int:
+        """Answer faults by (cookie, IOMMUFD_PAGE_RESP_*): the device tries again, or is told no. How many
+        were taken: the kernel stops at the first unknown cookie, also one whose device has left its HWPT.
+
+        :raises OSError: EINVAL: that was the first of them.
+        """
+        raw = b"".join(bytes(uapi.iommu_hwpt_page_response(*answer)) for answer in answers)
+        return self.transport.write(self.fd, raw) // ctypes.sizeof(uapi.iommu_hwpt_page_response)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One event of a vIOMMU.
+
+    :param sequence: one more than that of the event before, modulo 2^31; more: events between were lost.
+    :param data: the structure of the queue's type; None: events were lost here, and none has come since.
+    """
+
+    sequence: int
+    data: bytes | None
+
+
+class EventQueue(_Queue):
     """A queue of a vIOMMU's events, of one type. :ivar id: the object's."""
 
     def __init__(self, viommu: Viommu, queue_type: int, depth: int) -> None:
@@ -47,6 +84,24 @@ class EventQueue(FdOwner):
         _call(viommu.iommufd, name, uapi.IOMMU_VEVENTQ_ALLOC, arg, viommu=viommu.id, type=queue_type)
         super().__init__(viommu.iommufd.transport, int(arg.out_veventq_fd))
         self.id = int(arg.out_veventq_id)
+
+    def read(self, data_bytes: int, most: int = 64) -> list[Event]:
+        """Events that are there, the oldest first, and no more than ``most`` (1 or more); none: empty.
+
+        :param data_bytes: bytes of the structure of the queue's type.
+        """
+        header = ctypes.sizeof(uapi.iommufd_vevent_header)
+        raw = self.transport.read(self.fd, most * (header + data_bytes))
+        out, at = [], 0
+        while at < len(raw):
+            head = uapi.iommufd_vevent_header.from_buffer_copy(raw, at)
+            at += header
+            data = None
+            if not head.flags & uapi.IOMMU_VEVENTQ_FLAG_LOST_EVENTS:
+                data = raw[at : at + data_bytes]
+                at += data_bytes
+            out.append(Event(int(head.sequence), data))
+        return out
 
 
 class Viommu:

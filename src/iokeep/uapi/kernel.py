@@ -8,6 +8,7 @@ import errno
 import fcntl
 import mmap
 import os
+import select
 from typing import TYPE_CHECKING
 
 from iokeep.uapi.errnos import missing_node
@@ -194,6 +195,20 @@ class KernelTransport:
             at += os.pwrite(fd, view[at:], offset + at)
             if at >= len(view):
                 return at
+
+    def read(self, fd: int, length: int) -> bytes:
+        """See :meth:`iokeep.uapi.transport.Transport.read`."""
+        return os.read(fd, length)
+
+    def write(self, fd: int, data: bytes) -> int:
+        """See :meth:`iokeep.uapi.transport.Transport.write`."""
+        return os.write(fd, data)
+
+    def poll(self, fd: int, events: int) -> int:
+        """See :meth:`iokeep.uapi.transport.Transport.poll`."""
+        poll = select.poll()
+        poll.register(fd, events)
+        return next((found for _, found in poll.poll(0)), 0)
 
     def mmap(self, fd: int, length: int, offset: int = 0) -> KernelMapping:
         """See :meth:`iokeep.uapi.transport.Transport.mmap`."""

@@ -406,6 +406,22 @@ class SoftTransport:
             if done < len(part) or at == len(view):
                 return at
 
+    def read(self, fd: int, length: int) -> bytes:
+        """See :meth:`iokeep.uapi.transport.Transport.read`."""
+        most = min(length, wire.MAX_PAYLOAD)
+        return bytes(self._call(Call.READ, fd, (most,), most=most).payload)
+
+    def write(self, fd: int, data: bytes) -> int:
+        """See :meth:`iokeep.uapi.transport.Transport.write`."""
+        done = self._value(Call.WRITE, fd, (), data)
+        if not 0 <= done <= len(data):
+            raise WireError(errno.EPROTO, f"WRITE of {len(data)} bytes says that it wrote {done}")
+        return done
+
+    def poll(self, fd: int, events: int) -> int:
+        """See :meth:`iokeep.uapi.transport.Transport.poll`."""
+        return self._value(Call.POLL, fd, (events,))
+
     def mmap(self, fd: int, length: int, offset: int = 0) -> SoftMapping:
         """See :meth:`iokeep.uapi.transport.Transport.mmap`; *offset* must be a multiple of 4096."""
         if length <= 0 or offset < 0 or offset % PAGE:

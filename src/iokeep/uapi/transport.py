@@ -131,6 +131,18 @@ class Transport(Protocol):
         """pwrite(2) of all bytes; the number written."""
         ...
 
+    def read(self, fd: int, length: int) -> bytes:
+        """One read(2) of at most *length* bytes, at the file's position or of what a queue has."""
+        ...
+
+    def write(self, fd: int, data: bytes) -> int:
+        """One write(2) of *data*, less than 16 MiB; the number of bytes that it took."""
+        ...
+
+    def poll(self, fd: int, events: int) -> int:
+        """Which of *events* (select.POLL*) are there now: poll(2) that does not wait; POLLNVAL of no file."""
+        ...
+
     def mmap(self, fd: int, length: int, offset: int = 0) -> Mapping:
         """mmap(2), MAP_SHARED, read and write; *fd* -1 is anonymous memory."""
         ...

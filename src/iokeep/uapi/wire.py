@@ -24,6 +24,9 @@ FSTAT                   fd                                      0; ino u64, size
 LSEEK                   fd, offset (s64), whence                position
 PREAD                   fd, offset, length                      0; bytes
 PWRITE                  fd, offset; bytes                       bytes written
+READ                    fd, length                              0; bytes
+WRITE                   fd; bytes                               bytes written
+POLL                    fd, events (POLL*)                      events that are there now
 MMAP                    fd (-1: anonymous), offset, length, hva VMA id; extents (:data:`EXTENT`)
 MUNMAP                  VMA id                                  0
 GETFD                   fd (of the other process), pid          fd
@@ -96,6 +99,9 @@ class Call(enum.IntEnum):
     GETFD = 16
     GETPID = 17
     REBOOT_KEXEC = 18
+    READ = 19
+    WRITE = 20
+    POLL = 21
     RETURN = 0x100
     COPY_FROM_USER = 0x101
     COPY_TO_USER = 0x102
@@ -122,9 +128,12 @@ NARGS: dict[int, int] = {
     Call.GETFD: 1,
     Call.GETPID: 0,
     Call.REBOOT_KEXEC: 0,
+    Call.READ: 1,
+    Call.WRITE: 0,
+    Call.POLL: 1,
 }
 # Requests that carry a payload; any other must have none.
-WITH_PAYLOAD = frozenset({Call.OPEN, Call.IOCTL, Call.MEMFD_CREATE, Call.PWRITE})
+WITH_PAYLOAD = frozenset({Call.OPEN, Call.IOCTL, Call.MEMFD_CREATE, Call.PWRITE, Call.WRITE})
 
 
 class WireError(ConnectionError):

@@ -125,8 +125,14 @@ class IommufdDevice(IommufdObject):
     def _leave_pasid(self, pasid: int) -> None:
         hwpt = self.pasids.pop(pasid, None)
         if hwpt is not None:
+            self._answer_faults(hwpt, pasid)
             hwpt.users -= 1
             self.users -= 1
+
+    def _answer_faults(self, left: Hwpt, handle: int = 0) -> None:
+        """Nobody answers what came by an attachment that has ended."""
+        if left.fault is not None:
+            left.fault.answer_all(self, handle)
 
     def _change(self, hwpt: Hwpt) -> None:
         if self.hwpt is None:
@@ -215,6 +221,7 @@ class IommufdDevice(IommufdObject):
         hwpt.devices.append(self)
         self.hwpt = hwpt
         old.devices.remove(self)
+        self._answer_faults(old)
         for hook in kernel.attached_hooks:
             hook(self, hwpt, before)
         self._put(old)
@@ -234,6 +241,7 @@ class IommufdDevice(IommufdObject):
             return None
         self.iommu.set_domain(self.dev, None)
         hwpt.devices.remove(self)
+        self._answer_faults(hwpt)
         hwpt.paging.ioas.unreserve(self)
         hwpt.users -= 1
         self.hwpt = None

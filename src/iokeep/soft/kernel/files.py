@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
@@ -140,6 +141,22 @@ class File:
     def pwrite(self, data: bytes, offset: int) -> int:
         """pwrite(2)."""
         raise SysError(errno.EINVAL, f"{self.kind_name} cannot be written")
+
+    def read(self, length: int) -> bytes:
+        """read(2): from the position on, which moves."""
+        data = self.pread(length, self.pos)
+        self.pos += len(data)
+        return data
+
+    def write(self, data: bytes) -> int:
+        """write(2): to the position on, which moves."""
+        done = self.pwrite(data, self.pos)
+        self.pos += done
+        return done
+
+    def poll(self) -> int:
+        """What is ready, as poll(2) says it (POLL*); a file that has no poll of its own always is."""
+        return select.POLLIN | select.POLLOUT | select.POLLRDNORM | select.POLLWRNORM
 
     def lseek(self, offset: int, whence: int) -> int:
         """lseek(2)."""

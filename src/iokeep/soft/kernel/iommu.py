@@ -386,6 +386,8 @@ class Iommu(ABC):
     REGISTER_BASE: ClassVar[int]
     #: Linux's driver of it has domain_alloc_nested: the parent is what an HWPT on an HWPT is refused for
     HAS_NESTED_DOMAINS: ClassVar[bool] = False
+    #: guests keep the PASID table of a device that is on a nested HWPT (user_pasid_table)
+    USER_PASID_TABLE: ClassVar[bool] = False
 
     fmt: Format
 
@@ -513,6 +515,10 @@ class Iommu(ABC):
         has PRI (intel_iommu_enable_iopf).
         """
         raise SysError(errno.ENODEV, f"{dev.name} has no PRI")
+
+    def page_response(self, dev: PciDevice, pasid: int, grpid: int, code: int) -> None:
+        """The answer to a page request of ``dev`` (IOMMUFD_PAGE_RESP_*)."""
+        raise AssertionError(f"{dev.name} has no PRI, and no page request to answer")
 
     def alloc_domain(self, *, dirty: bool = False) -> Domain:
         """An empty domain. :raises SysError: ENOMEM, ENOSPC (no domain id left); EOPNOTSUPP: ``dirty``."""

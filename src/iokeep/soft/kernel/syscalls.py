@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import select
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -132,6 +133,19 @@ def _pwrite(kernel: Kernel, process: Process, request: Request) -> Result:
     return Result(process.file(request.fd).pwrite(request.payload, signed(request.args[0])))
 
 
+def _read(kernel: Kernel, process: Process, request: Request) -> Result:
+    return Result(0, process.file(request.fd).read(min(request.args[0], wire.MAX_PAYLOAD)))
+
+
+def _write(kernel: Kernel, process: Process, request: Request) -> Result:
+    return Result(process.file(request.fd).write(request.payload))
+
+
+def _poll(kernel: Kernel, process: Process, request: Request) -> Result:
+    file = process.fds.get(request.fd)
+    return Result(select.POLLNVAL if file is None else file.poll() & request.args[0])
+
+
 def _mmap(kernel: Kernel, process: Process, request: Request) -> Result:
     offset, length, hva = request.args
     length = -(-length // FRAME_BYTES) * FRAME_BYTES
@@ -188,6 +202,9 @@ _CALLS: dict[Call, Callable[[Kernel, Process, Request], Result]] = {
     Call.LSEEK: _lseek,
     Call.PREAD: _pread,
     Call.PWRITE: _pwrite,
+    Call.READ: _read,
+    Call.WRITE: _write,
+    Call.POLL: _poll,
     Call.MMAP: _mmap,
     Call.MUNMAP: _munmap,
     Call.GETFD: _getfd,
