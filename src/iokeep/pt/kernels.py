@@ -23,6 +23,9 @@ from iokeep.pt.choice import jit
 
 _ZERO = np.uint64(0)
 _PAGE = np.uint64(12)
+I32 = NDArray[np.int32]
+#: tables lie close together where so many times their memory holds them all
+_CLOSE = 4
 #: bytes of tables that are worth another thread, and the most threads that memory feeds
 _THREAD_BYTES = 128 << 20
 _MOST_THREADS = 4
@@ -60,18 +63,39 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @compiled
-def _count(row: I64, low: int, shift: int, counts: I64, chosen: I64, place: I64, rows: I64) -> None:
-    """Sort by counting: ``place`` gets ``chosen`` in the order of their rows, as far as buckets of 2**shift
-    rows tell them apart; ``rows`` their rows.
+def _owners(row: I64, low: int, owner: I32, place: I64, rows: I64) -> bool:
+    """``place`` gets the positions of ``row`` in the order of their rows; ``rows`` their rows.
+
+    :param owner: one for each row from ``low`` on, all -1. :return: False = two positions have one row.
     """
-    for t in chosen:
+    for t in range(len(row)):
+        index = row[t] - low
+        if owner[index] >= 0:
+            return False
+        owner[index] = t
+    n = 0
+    for index in range(len(owner)):
+        t = owner[index]
+        if t >= 0:
+            place[n] = t
+            rows[n] = index + low
+            n += 1
+    return True
+
+
+@compiled
+def _count(row: I64, low: int, shift: int, counts: I64, place: I64, rows: I64) -> None:
+    """Sort by counting: ``place`` gets the positions of ``row`` in the order of their rows, as far as buckets
+    of 2**shift rows tell them apart; ``rows`` their rows.
+    """
+    for t in range(len(row)):
         counts[(row[t] - low) >> shift] += 1
     before = 0
     for bucket in range(len(counts)):
         n = counts[bucket]
         counts[bucket] = before
         before += n
-    for t in chosen:
+    for t in range(len(row)):
         bucket = (row[t] - low) >> shift
         index = counts[bucket]
         counts[bucket] = index + 1
@@ -83,59 +107,97 @@ def in_memory_order(row: I64, chosen: I64 | None = None) -> tuple[I64, I64]:
     """Positions of ``row`` (all, or those ``chosen``) in the order in which tables lie in memory, and their
     rows.
 
+    A table that is read out of order by a few places costs twice what it costs in order. Tables that lie
+    close together are put in order by a look at each row of memory, which is half of what sorting costs.
+
     :param row: int64[n], each at least 0. Positions stay in order where they nearly are.
     """
-    here = np.arange(len(row)) if chosen is None else chosen
     rows = row if chosen is None else row[chosen]
-    if len(rows) < 2 or int(np.count_nonzero(rows[1:] < rows[:-1])) * 16 <= len(rows):
-        return here, rows
+    n = len(rows)
+    if n < 2 or int(np.count_nonzero(rows[1:] < rows[:-1])) * 16 <= n:
+        return np.arange(n) if chosen is None else chosen, rows
     low, high = int(rows.min()), int(rows.max())
-    shift = max((high - low).bit_length() - len(rows).bit_length() - 1, 0)
-    counts = np.zeros(((high - low) >> shift) + 1, np.int64)
-    place, ordered = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
-    _count(row, low, shift, counts, here, place, ordered)
-    return place, ordered
+    place, ordered = np.empty(n, np.int64), np.empty(n, np.int64)
+    close = high - low < _CLOSE * n and n <= np.iinfo(np.int32).max
+    if not close or not _owners(rows, low, np.full(high - low + 1, -1, np.int32), place, ordered):
+        shift = max((high - low).bit_length() - n.bit_length() - 1, 0)
+        _count(rows, low, shift, np.zeros(((high - low) >> shift) + 1, np.int64), place, ordered)
+    return (place if chosen is None else chosen[place]), ordered
+
+
+@compiled
+def _how_many(items: U64, row: I64, ref: np.uint64, same: np.uint64) -> int:
+    """Items that are there of the tables in ``row``; -1 = one differs from ``ref`` in the bits ``same``."""
+    size = np.uint64(items.shape[1])
+    n = 0
+    for t in range(len(row)):
+        table = items[row[t]]
+        count, wrong = 0, _ZERO
+        for i in range(size):
+            word = table[i]
+            if word != _ZERO:
+                count += 1
+                wrong |= (word ^ ref) & same
+        if wrong != _ZERO:
+            return -1
+        n += count
+    return n
 
 
 @compiled
 def _alike(
-    items: U64, base: U64, prot: U8, masks: U64, may: NDArray[np.bool_], iova: U64, pa: U64, grants: U8
-) -> tuple[int, bool]:
-    """See :func:`alike`. :return: how many, -1 = one differs; whether one may be in the filter."""
-    ref, same, shift, pa_mask, pa_shift = masks[0], masks[1], masks[2], masks[3], masks[4]
+    items: U64,
+    row: I64,
+    base: U64,
+    prot: U8,
+    masks: U64,
+    may: NDArray[np.bool_],
+    iova: U64,
+    pa: U64,
+    grants: U8,
+    hits: I64,
+) -> int:
+    """See :func:`alike`. ``hits`` gets the first places of those that may be in the filter.
+
+    :return: how many are.
+    """
+    shift, pa_mask, pa_shift = masks[0], masks[1], masks[2]
     low = np.uint64(len(may) - 1)
-    n = 0
-    some = False
+    n, found = 0, 0
     size = np.uint64(items.shape[1])
-    for t in range(len(base)):
-        table = items[t]
+    for t in range(len(row)):
+        table = items[row[t]]
         start, grant = base[t], prot[t]
         for i in range(size):
             word = table[i]
             if word != _ZERO:
-                if (word ^ ref) & same != _ZERO:
-                    return -1, False
                 to = (word & pa_mask) << pa_shift
-                some |= may[(to >> _PAGE) & low]
+                if may[(to >> _PAGE) & low]:
+                    if found < len(hits):
+                        hits[found] = n
+                    found += 1
                 iova[n] = start + (i << shift)
                 pa[n] = to
                 grants[n] = grant
                 n += 1
-    return n, some
+    return found
 
 
 def alike(
-    items: U64, base: U64, prot: U8, ref: int, same: int, shift: int, pa_mask: int, pa_shift: int,
-    may: NDArray[np.bool_],
-) -> tuple[U64, U64, U8, bool] | None:  # fmt: skip
+    items: U64, row: I64, base: U64, prot: U8, ref: int, same: int, shift: int, pa_mask: int, pa_shift: int,
+    may: NDArray[np.bool_], limit: int,
+) -> tuple[U64, U64, U8, I64 | None] | None:  # fmt: skip
     """The tables that items point to, all of which agree with ``ref`` in the bits ``same``; see
     ``tables.Alike``.
     """
-    iova, pa = np.empty(items.size, np.uint64), np.empty(items.size, np.uint64)
-    grants = np.empty(items.size, np.uint8)
-    masks = np.array([ref, same, shift, pa_mask, pa_shift], np.uint64)
-    n, some = _alike(items, base, prot, masks, may, iova, pa, grants)
-    return None if n < 0 else (iova[:n], pa[:n], grants[:n], bool(some))
+    n = _how_many(items, row, np.uint64(ref), np.uint64(same))
+    if not 0 <= n <= limit:
+        return None
+    iova, pa, grants = np.empty(n, np.uint64), np.empty(n, np.uint64), np.empty(n, np.uint8)
+    hits = np.empty(n // 8 + 1, np.int64)
+    masks = np.array([shift, pa_mask, pa_shift], np.uint64)
+    found = _alike(items, row, base, prot, masks, may, iova, pa, grants, hits)
+    return iova, pa, grants, hits[:found] if found <= len(hits) else None
 
 
 def thread_count(size: int, threads: int | None = None) -> int:

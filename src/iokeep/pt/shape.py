@@ -157,7 +157,7 @@ def unfit(tm: TableMemory, upper: Upper, owned: U64) -> Unfit:
             found.add(base[foreign], lg2, ABSENT, above)
             found.add(base[prot != 3], lg2, PROT, above)
             _skips(fmt, upper, level, found)
-        if level:
+        if level and level not in upper.alike:
             _ghosts(tm, level, base, pa, found)
     return found.outermost(fmt)
 
@@ -199,21 +199,28 @@ def _shared(tm: TableMemory, level: int, pa: U64, looped: U64) -> NDArray[np.boo
 
 def _foreign(size: int, pa: U64, owned: U64) -> NDArray[np.bool_]:
     """Which tables of ``size`` bytes are not wholly in the pages ``owned``."""
-    pages = (pa & np.uint64(-_PAGE & (2**64 - 1)))[:, None]
-    if size > _PAGE:
-        pages = pages + np.uint64(_PAGE) * np.arange(size // _PAGE, dtype=np.uint64)
     if not len(owned):
         return np.ones(len(pa), np.bool_)
+    first = pa & np.uint64(-_PAGE & (2**64 - 1))
+    out = np.zeros(len(pa), np.bool_)
+    for at in range(0, max(size, _PAGE), _PAGE):
+        out |= _not_among(first + np.uint64(at), owned)
+    return out
+
+
+def _not_among(pages: U64, owned: U64) -> NDArray[np.bool_]:
+    """Which pages are not among the sorted ``owned``, which are some."""
     shift = np.uint64(_PAGE.bit_length() - 1)
     low, span = owned[0], int((owned[-1] - owned[0]) >> shift) + 1
     if span <= _DENSE * len(owned):  # look-ups in order of memory, whatever the order of the tables
         there = np.zeros(span + 1, np.bool_)
         there[((owned - low) >> shift).view(np.int64)] = True
-        number = np.minimum((pages - low) >> shift, np.uint64(span))  # what is below wraps around
-        return np.asarray(~there[number.view(np.int64)].all(axis=1), np.bool_)
+        number = (pages - low) >> shift  # what is below wraps around, and is beyond the end
+        np.minimum(number, np.uint64(span), out=number)
+        out: NDArray[np.bool_] = ~there[number.view(np.int64)]
+        return out
     at = np.minimum(np.searchsorted(owned, pages), len(owned) - 1)
-    out: NDArray[np.bool_] = (owned[at] != pages).any(axis=1)
-    return out
+    return np.asarray(owned[at] != pages, np.bool_)
 
 
 def _skips(fmt: Format, upper: Upper, level: int, found: _Found) -> None:

@@ -30,11 +30,10 @@ Entries = dict[int, tuple[Contig, U64]]
 _ZERO = np.uint64(0)
 _ONE = np.uint64(1)
 _THREE = np.uint64(3)
+_32, _HALF = np.uint64(32), np.uint64(2**32 - 1)
 _MAX = 2**64 - 1
 #: a cache line of items
 _LINE = np.uint64(8)
-#: beyond so many gaps between extents that are checked already, all are checked at once
-_MANY = 64
 #: bytes of an extent
 _COLUMNS = 25
 #: kind of a table of contiguous entries, log2 of their items << GROUP_SHIFT | 1: at least GROUPED
@@ -141,10 +140,9 @@ def _runs(
     hint: np.uint64,
     hint_pa: np.uint64,
     agree: np.uint64,
-    place: I64,
     out: U8,
 ) -> None:
-    """Tables of kind 0, 1 and GROUPED: out[place[t]] = 1 where proved.
+    """Tables of kind 0, 1 and GROUPED: out[t] = 1 where proved.
 
     :param word: the first item; ``entry`` that of a GROUPED table, where it holds contiguous entries.
     :param hint: bits that say "contiguous" in all items of an aligned run or in none, and never matter else;
@@ -164,7 +162,7 @@ def _runs(
                 for i in range(size):
                     wrong |= ((table[i] ^ (first + (i & group) * step)) & care) | ((table[i] ^ model) & agree)
                 if wrong == _ZERO:
-                    out[place[t]] = 1
+                    out[t] = 1
                     continue
             wrong = _ZERO
         if kind[t] != 0:
@@ -180,7 +178,7 @@ def _runs(
         else:
             for i in range(size):
                 wrong |= table[i] & valid
-        out[place[t]] = 1 if wrong == _ZERO else 0
+        out[t] = 1 if wrong == _ZERO else 0
 
 
 @compiled
@@ -196,11 +194,10 @@ def _mixed(
     e_prot: U8,
     perm: U64,
     masks: U64,
-    place: I64,
     out: U8,
     sums: U64,
 ) -> None:
-    """Tables of kind 2: out[place[t]] = 1 where proved, 2 where the extents themselves are unsound.
+    """Tables of kind 2: out[t] = 1 where proved.
 
     :param perm: c, x, y: the permission bits of prot are c ^ (x where it reads) ^ (y where it writes).
     :param masks: shift, step, care, valid, small, outside, pa_shift. :param sums: sums[0] += bytes of the
@@ -237,7 +234,7 @@ def _mixed(
                 total += size * page
                 if b < n and e_iova[b] <= e_last[b - 1]:
                     bad = _ONE
-                out[place[t]] = 1 if wrong == _ZERO else 0
+                out[t] = 1 if wrong == _ZERO else 0
                 continue
             wrong = _ZERO
         end = start + ((size << shift) - _ONE)
@@ -271,7 +268,7 @@ def _mixed(
             slot = stop
         for i in range(slot, size):
             wrong |= table[i] & valid
-        out[place[t]] = 1 if wrong == _ZERO else 0
+        out[t] = 1 if wrong == _ZERO else 0
     sums[0] += total
     sums[1] |= bad
 
@@ -344,26 +341,35 @@ class Plan:
     def _group(self, spec: LevelSpec, entries: Entries) -> None:
         """Tables of one run may be in the largest contiguous entries that fit."""
         self.entry = self.word.copy()
-        one = np.flatnonzero(self.kind == 1)
-        at, e = self.first[one], self.e
-        slide = (e.iova[at] ^ e.pa[at]) >> np.uint64(spec.shift)
-        for lg2, (_, perms) in sorted(entries.items()):
-            fits = (slide & np.uint64((1 << lg2) - 1)) == 0
-            here = at[fits]
-            pa = e.pa[here] + (self.base[one[fits]] - e.iova[here])
-            self.entry[one[fits]] = spec.pa_words(pa) | perms[e.prot[here]]
-            self.kind[one[fits]] = lg2 << GROUP_SHIFT | 1
+        lg2s, e = sorted(entries), self.e
+        #: number of the largest entry by the number of zero bits at the end of (iova ^ pa) / item, 0 = none
+        largest = np.searchsorted(lg2s, np.arange(65), side="right")
+        kinds = np.array([1, *(lg2 << GROUP_SHIFT | 1 for lg2 in lg2s)], np.uint8)
+        plain = np.array([value | spec.leaf_base for value in spec.prot_bits], np.uint64)
+        change = np.array([plain ^ plain, *(plain ^ entries[lg2][1] for lg2 in lg2s)], np.uint64)
+        slide = (e.iova ^ e.pa) >> np.uint64(spec.shift)
+        number = largest[np.bitwise_count((slide & -slide) - _ONE)]  # of each extent
+        kind, word = kinds[number], change[number, e.prot & np.uint8(3)]
+        one = self.kind == 1
+        if len(e) == 1:
+            self.entry = self.word ^ word[0]
+            self.kind[one] = kind[0]
+            return
+        at = self.first[one]
+        self.entry = self.word.copy()
+        self.entry[one] ^= word[at]
+        self.kind[one] = kind[at]
 
-    def runs(self, rows: I64, kinds: U8, words: U64, entries: U64, place: I64, out: U8) -> None:
+    def runs(self, rows: I64, kinds: U8, words: U64, entries: U64, out: U8) -> None:
         """Prove tables that :func:`_runs` can."""
-        _runs(self._items, rows, kinds, words, entries, *self._run, place, out)
+        _runs(self._items, rows, kinds, words, entries, *self._run, out)
 
-    def mixed(self, rows: I64, bases: U64, firsts: I64, afters: I64, place: I64, out: U8) -> U64:
+    def mixed(self, rows: I64, bases: U64, firsts: I64, afters: I64, out: U8) -> U64:
         """Prove tables of kind 2. :return: the sums of :func:`_mixed`."""
         sums, e = np.zeros(2, np.uint64), self.e
         _mixed(
             self._items, rows, bases, firsts, afters, e.iova, e.last, e.pa, e.prot,
-            self._perm, self._masks, place, out, sums,
+            self._perm, self._masks, out, sums,
         )  # fmt: skip
         return sums
 
@@ -375,17 +381,19 @@ class Plan:
         here, out = slice(lo, hi), np.zeros(hi - lo, np.uint8)
         kind = self.kind[here]
         if not (self.counts[2] or self.counts[3]):
-            self.runs(self.row[here], kind, self.word[here], self.entry[here], np.arange(hi - lo), out)
+            self.runs(self.row[here], kind, self.word[here], self.entry[here], out)
             return out.view(np.bool_)
         plain, mixed = np.flatnonzero(_is_run(kind)), np.flatnonzero(kind == 2)
         if len(plain):
-            at = plain + lo
-            self.runs(self.row[at], kind[plain], self.word[at], self.entry[at], plain, out)
+            at, found = plain + lo, np.empty(len(plain), np.uint8)
+            self.runs(self.row[at], kind[plain], self.word[at], self.entry[at], found)
+            out[plain] = found
         if len(mixed):
-            at = mixed + lo
-            sums = self.mixed(self.row[at], self.base[at], self.first[at], self.after[at], mixed, out)
+            at, found = mixed + lo, np.empty(len(mixed), np.uint8)
+            sums = self.mixed(self.row[at], self.base[at], self.first[at], self.after[at], found)
             if int(sums[1]):
                 raise unsorted()
+            out[mixed] = found
         return out.view(np.bool_)
 
 
@@ -411,28 +419,41 @@ def proved(
         place, rows = in_memory_order(row, chosen)
         kinds, words, entry = kind, plan.word, plan.entry
         if rows is not row:
-            kinds, words, entry = kinds[place], words[place], entry[place]
+            kinds, words = np.take(kinds, place), np.take(words, place)
+            entry = words if plan.entry is plan.word else np.take(entry, place)
+        found = np.empty(len(rows), np.uint8)
 
         def runs(a: int, b: int) -> None:
-            plan.runs(rows[a:b], kinds[a:b], words[a:b], entry[a:b], place[a:b], out)
+            plan.runs(rows[a:b], kinds[a:b], words[a:b], entry[a:b], found[a:b])
 
         over_threads(runs, len(rows), size, threads)
+        _put(out, place, found)
     mapped, unsound = 0, False
     owned: tuple[I64, I64] = np.zeros(0, np.int64), np.zeros(0, np.int64)
     if counts[2]:
-        mixed = np.flatnonzero(kind == 2)
-        a, b = plan.first[mixed], plan.after[mixed]
-        owned = a + (e.iova[a] < base[mixed]), b
+        mixed = None if counts[2] == n else np.flatnonzero(kind == 2)
+        a, b = plan.first, plan.after
+        begins = base
+        if mixed is not None:
+            a, b, begins = a[mixed], b[mixed], base[mixed]
+        owned = a + (e.iova[a] < begins), b
         # Where an extent is a page the expectation is three times the tables: it is what must stream.
-        few = int((b - a).sum()) * _COLUMNS <= len(mixed) * size
-        place, rows = in_memory_order(row, mixed) if few else (mixed, row[mixed])
-        bases, firsts, afters = base[place], plan.first[place], plan.after[place]
+        few = int((b - a).sum()) * _COLUMNS <= len(a) * size
+        if few:
+            place, rows = in_memory_order(row, mixed)
+            begins, a, b = base[place], plan.first[place], plan.after[place]
+        elif mixed is not None:
+            place, rows = mixed, row[mixed]
+        else:
+            place, rows = np.arange(n), row
+        found = np.empty(len(rows), np.uint8)
         totals: list[U64] = []
 
-        def mix(a: int, b: int) -> None:
-            totals.append(plan.mixed(rows[a:b], bases[a:b], firsts[a:b], afters[a:b], place[a:b], out))
+        def mix(lo: int, hi: int) -> None:
+            totals.append(plan.mixed(rows[lo:hi], begins[lo:hi], a[lo:hi], b[lo:hi], found[lo:hi]))
 
         over_threads(mix, len(rows), size * 4, threads)
+        _put(out, place, found)
         mapped = sum(int(sums[0]) for sums in totals)
         unsound = any(int(sums[1]) for sums in totals)
     if unsound:
@@ -440,9 +461,37 @@ def proved(
     return Swept(out.view(np.bool_), mapped if tables.level else _check_others(e, *owned, mapped))
 
 
+def _put(out: U8, place: I64, found: U8) -> None:
+    """out[place] = found: each table's result at its place. Mostly all are the same, and ``place`` is all."""
+    if len(found) == len(out) and bool(found.all()):
+        out.fill(1)
+    else:
+        out[place] = found
+
+
 def unsorted() -> ValueError:
     """The error for an expectation that is none."""
     return ValueError("expected extents are not sorted and disjoint, or a prot is beyond rw")
+
+
+@compiled
+def _add_up(iova: U64, last: U64, prot: U8, first: I64, after: I64, sums: U64) -> None:
+    """The extents first[i] ... after[i] - 1: sums[0] += their number and the low halves of last - iova, which
+    has 64 bits; sums[1] += the high halves; sums[2] |= 1 where they are not sorted, disjoint, at most rw.
+    """
+    total, upper, bad = _ZERO, _ZERO, _ZERO
+    for i in range(len(first)):
+        for n in range(first[i], after[i]):
+            span = last[n] - iova[n]
+            total += (span & _HALF) + _ONE
+            upper += span >> _32
+            if last[n] < iova[n] or np.uint64(prot[n]) > _THREE:
+                bad = _ONE
+            if n + 1 < len(iova) and iova[n + 1] <= last[n]:
+                bad = _ONE
+    sums[0] += total
+    sums[1] += upper
+    sums[2] |= bad
 
 
 def _check_others(e: Extents, first: I64, after: I64, known: int) -> int:
@@ -450,16 +499,8 @@ def _check_others(e: Extents, first: I64, after: I64, known: int) -> int:
     bytes; the bytes of all. :raises ValueError: unsorted.
     """
     begin, end = np.concatenate((np.zeros(1, np.int64), after)), np.concatenate((first, [len(e)]))
-    some = end > begin
-    if int(some.sum()) > _MANY:
-        begin, end, some = np.zeros(1, np.int64), np.array([len(e)]), np.ones(1, np.bool_)
-        known = 0
-    total = known
-    for a, b in zip(begin[some].tolist(), end[some].tolist(), strict=True):
-        part = slice(a, b)
-        if bool((e.last[part] < e.iova[part]).any() or (e.prot[part] > 3).any()) or bool(
-            (e.iova[a + 1 : b + 1] <= e.last[a : min(b, len(e) - 1)]).any()
-        ):
-            raise unsorted()
-        total += Extents(e.iova[part], e.last[part], e.pa[part], e.prot[part]).mapped_bytes
-    return total
+    sums = np.zeros(3, np.uint64)
+    _add_up(e.iova, e.last, e.prot, begin, end, sums)
+    if int(sums[2]):
+        raise unsorted()
+    return known + int(sums[0]) + (int(sums[1]) << 32)

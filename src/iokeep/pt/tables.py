@@ -222,6 +222,7 @@ class Upper:
     ``leaves`` of levels above 0; ``base`` uint64[k] raw IOVA, ``pa`` uint64[k], ``row`` int64[k] and ``prot``
     uint8[k] (of the items above) of each visit to a table of level 0, sorted by base; ``pages`` per level,
     the root's first, the pas of the visits, with their ``bases`` (raw IOVAs) and ``prots`` likewise.
+    ``alike``: levels all of whose tables hold nothing but sound table items and zeroes, if that was seen.
     """
 
     leaves: Items
@@ -233,6 +234,7 @@ class Upper:
     pages: list[U64]
     bases: list[U64]
     prots: list[U8]
+    alike: frozenset[int] = frozenset()
 
     @property
     def visits(self) -> int:
@@ -480,11 +482,15 @@ def _classify(
     return leaves, below, target, Problems.join(problems)
 
 
-#: (items of some tables, their raw base IOVAs and grants, an item, which bits of all others must be as in it,
-#: log2 of the bytes that an item maps, mask and shift of a table's pa, a filter of pages) -> raw IOVA, pa and
-#: grants of the table that each item points to, where it is not 0, and whether one may be in the filter
-#: (``kernels.alike``). None = an item is different.
-Alike = Callable[[U64, U64, U8, int, int, int, int, int, NDArray[np.bool_]], tuple[U64, U64, U8, bool] | None]
+#: (rows of items, row of each of some tables, their raw base IOVAs and grants, an item, which bits of all
+#: others must be as in it, log2 of the bytes that an item maps, mask and shift of a table's pa, a filter of
+#: pages, how many may be there) -> raw IOVA, pa and grants of the table that each item points to, where it is
+#: not 0, and the places of those that may be in the filter, None = they are many (``kernels.alike``). None =
+#: an item is different, or there are too many.
+Alike = Callable[
+    [U64, I64, U64, U8, int, int, int, int, int, NDArray[np.bool_], int],
+    tuple[U64, U64, U8, I64 | None] | None,
+]
 #: which of some tables hold nothing but leaves that are known already
 Known = Callable[[Tables], NDArray[np.bool_]]
 #: bits of a page number that a filter of pages knows
@@ -498,34 +504,6 @@ def _filter_of(pages: U64) -> NDArray[np.bool_]:
     return may
 
 
-def _all_tables(
-    tm: TableMemory,
-    level: int,
-    base: U64,
-    at: U64,
-    prot: U8,
-    items: U64,
-    alike: Alike,
-    may: NDArray[np.bool_],
-) -> tuple[U64, U64, U8, bool] | None:
-    """Whole tables that hold nothing but sound table items that grant the same: see ``Alike``. None = they
-    hold something else.
-    """
-    spec = tm.fmt.levels[level]
-    some = np.flatnonzero(items[0])
-    if spec.pa_pieces or spec.next_levels or not tm.plains[level] or not len(some):
-        return None
-    one = items[0, int(some[0]) : int(some[0]) + 1]
-    leaves, below, target, problems = _classify(
-        tm, level, base[:1], at[:1], np.full(1, 3, np.uint8), one.reshape(1, 1), 0, 0, True
-    )
-    if len(below[0]) != 1 or len(leaves) or len(problems) or target is not None:
-        return None
-    same = ~(spec.table_pa_mask | spec.table_ignored) & (2**64 - 1)
-    pa_mask, pa_shift = spec.table_pa_mask, spec.pa_shift
-    return alike(items, base, prot & below[2], int(one[0]), same, spec.shift, pa_mask, pa_shift, may)
-
-
 def _all_below(
     tm: TableMemory,
     level: int,
@@ -534,29 +512,41 @@ def _all_below(
     alike: Alike,
     seen: U64,
     limit: int,
-) -> tuple[U64, U64, U8, bool] | None:
-    """:func:`_all_tables` of all tables of a level (base, pa, prot, row): the raw IOVA, pa and grants of
-    those below, and whether one may be among ``seen``.
+) -> tuple[U64, U64, U8, I64 | None] | None:
+    """The tables below all tables of a level (base, pa, prot, row) that hold nothing but sound table items
+    which grant the same: see ``Alike``, with ``seen`` as the filter. None = they hold something else.
     """
-    iovas: list[U64] = []
-    pas: list[U64] = []
-    grants: list[U8] = []
-    may, some, count = _filter_of(seen), False, 0
-    base, at, prot, row = above
-    for lo in range(0, len(base), CHUNK):
-        part = slice(lo, lo + CHUNK)
-        items = tm.root(root_pa) if level == tm.fmt.top_level else tm.items(row[part], level)
-        found = _all_tables(tm, level, base[part], at[part], prot[part], items, alike, may)
-        if found is None:
-            return None
-        iovas.append(found[0])
-        pas.append(found[1])
-        grants.append(found[2])
-        some |= found[3]
-        count += len(found[0])
-        if count > limit:
-            raise _bomb(level, root_pa)
-    return (_joined(iovas), _joined(pas), _joined(grants), some) if len(base) else None
+    spec = tm.fmt.levels[level]
+    base, _, prot, row = above
+    if spec.pa_pieces or not tm.plains[level] or not len(base):
+        return None
+    if level == tm.fmt.top_level:
+        items, row = tm.root(root_pa), np.zeros(1, np.int64)
+    elif tm.parts[level] == 1:
+        items = tm.view(level).data.view(np.uint64)
+    else:
+        items, row = tm.items(row, level), np.arange(len(row))
+    first = items[row[0]]
+    one = int(first[int((first != 0).argmax())])  # 0 = none is there
+    grants = _grants(tm, level, one)
+    same = ~(spec.table_pa_mask | spec.table_ignored) & (2**64 - 1)
+    told = all(mask & ~same == 0 for mask, _, _ in spec.next_levels)
+    if grants is None or not told or spec.next_level(one, level) != level - 1:
+        return None
+    mask, shift, may = spec.table_pa_mask, spec.pa_shift, _filter_of(seen)
+    return alike(items, row, base, prot & np.uint8(grants), one, same, spec.shift, mask, shift, may, limit)
+
+
+def _grants(tm: TableMemory, level: int, item: int) -> int | None:
+    """What a sound table item lets pass; None = it is no such item."""
+    spec = tm.fmt.levels[level]
+    if not (item & tm.fmt.occupied(level) if tm.linux else spec.is_present(item)) or spec.is_leaf(item):
+        return None
+    if not tm.linux and (
+        spec.bad_table(item) is not None or item & spec.table_attrs != spec.table_attrs_value
+    ):
+        return None
+    return int(item & spec.tr_mask == spec.tr_value) | int(item & spec.tw_mask == spec.tw_value) << 1
 
 
 def _classified(
@@ -676,16 +666,18 @@ def descend(
     seen = units_of(tm, fmt.top_level, pa)
     leaves: list[Items] = []
     problems: list[Problems] = []
+    same_items: list[int] = []
     limit = tm.capacity + SHARED_LIMIT
     for level in range(fmt.top_level, 0, -1):
         above, fresh = (base, pa, prot, row), False
-        quick = None
+        quick, hits = None, None
         if alike is not None and whole and not waiting[level - 1]:
             quick = _all_below(tm, level, root_pa, above, alike, seen, limit)
         if quick is not None:
-            base, pa, prot, some = quick
-            # A page that serves at two levels is a loop.
-            fresh = not some and fmt.bytes_of(level - 1) <= min(fmt.bytes_of(n) for n in range(fmt.top_level))
+            base, pa, prot, hits = quick
+            same_items.append(level)
+            # Where no table is of several units, those that may have served before are known.
+            fresh = fmt.bytes_of(level - 1) <= min(fmt.bytes_of(n) for n in range(fmt.top_level))
             item = at = source = None
         else:
             if known is not None and whole and not problems:
@@ -696,8 +688,14 @@ def descend(
             base, pa, prot, item, at, source = _sorted_below(waiting[level - 1])
         waiting[level - 1] = []
         row = tm.index(level - 1, pa)
+        # A page that serves at two levels is a loop.
         loop, absent = np.zeros(0, np.bool_), row < 0
-        if not fresh or absent.any():
+        if fresh and hits is not None and not absent.any():
+            if len(hits) and bool(_among(units_of(tm, level - 1, pa[hits]), seen).any()):
+                fresh = False
+        else:
+            fresh = False
+        if not fresh:
             units = units_of(tm, level - 1, pa)
             loop = _among(units, seen)
             if len(units) != len(pa):
@@ -732,7 +730,8 @@ def descend(
         tm.root(root_pa)
         row = tm.index(0, pa)
     upper = Items.join(leaves, sort=len(leaves) > 1)
-    return Upper(upper, base, pa, row, prot, Problems.join(problems), pages, bases, prots)
+    wrong = Problems.join(problems)
+    return Upper(upper, base, pa, row, prot, wrong, pages, bases, prots, frozenset(same_items))
 
 
 def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
