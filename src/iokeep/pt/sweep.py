@@ -32,8 +32,6 @@ _ONE = np.uint64(1)
 _THREE = np.uint64(3)
 _32, _HALF = np.uint64(32), np.uint64(2**32 - 1)
 _MAX = 2**64 - 1
-#: a cache line of items
-_LINE = np.uint64(8)
 #: bytes of an extent
 _COLUMNS = 25
 #: kind of a table of contiguous entries, log2 of their items << GROUP_SHIFT | 1: at least GROUPED
@@ -156,9 +154,7 @@ def _runs(
         if kind[t] >= GROUPED:
             first, model = entry[t], table[_ZERO]
             group = ~((_ONE << np.uint64(kind[t] >> GROUP_SHIFT)) - _ONE)
-            for i in range(min(size, _LINE)):
-                wrong |= (table[i] ^ (first + (i & group) * step)) & care
-            if wrong == _ZERO:
+            if (model ^ first) & care == _ZERO:  # else its items are single ones, most likely
                 for i in range(size):
                     wrong |= ((table[i] ^ (first + (i & group) * step)) & care) | ((table[i] ^ model) & agree)
                 if wrong == _ZERO:
