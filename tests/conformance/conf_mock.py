@@ -8,7 +8,7 @@ import ctypes
 import errno
 
 import conf_mock_devices
-from conf_mock_iommu import MockDomain
+from conf_mock_iommu import MockDomain, MockIommu
 from conf_selftest import (
     IOMMU_TEST_CMD,
     IOMMU_TEST_OP_ADD_RESERVED,
@@ -111,4 +111,5 @@ def _test_cmd(ictx, call):
 
 def install(kernel):
     """Load the module."""
+    kernel.mock_iommu = MockIommu(kernel)
     kernel.ioctl_extensions[(Iommufd, IOMMU_TEST_CMD)] = _test_cmd

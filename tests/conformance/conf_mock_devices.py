@@ -3,8 +3,9 @@
 
 import errno
 
-from conf_mock_iommu import MockIommu, MockPciDevice
+from conf_mock_iommu import MockPciDevice
 from conf_selftest import (
+    IOMMU_TEST_OP_DEV_CHECK_CACHE,
     IOMMU_TEST_OP_MOCK_DOMAIN,
     IOMMU_TEST_OP_MOCK_DOMAIN_FLAGS,
     IOMMU_TEST_OP_MOCK_DOMAIN_REPLACE,
@@ -13,6 +14,9 @@ from conf_selftest import (
     IOMMU_TEST_OP_PASID_DETACH,
     IOMMU_TEST_OP_PASID_REPLACE,
     IOMMU_TEST_OP_TRIGGER_IOPF,
+    IOMMU_TEST_OP_TRIGGER_VEVENT,
+    IOMMU_VEVENTQ_TYPE_SELFTEST,
+    MOCK_DEV_CACHE_NUM,
     MOCK_FLAGS_DEVICE_NO_DIRTY,
     MOCK_FLAGS_DEVICE_PASID,
 )
@@ -32,7 +36,7 @@ class MockDevice(IommufdDevice):
 
     @property
     def iommu(self):
-        return MockIommu(self.iommufd.kernel)
+        return self.iommufd.kernel.mock_iommu
 
     @classmethod
     def bind(cls, iommufd, dev):
@@ -43,6 +47,7 @@ class MockDevice(IommufdDevice):
         return idev
 
     def unbind(self):
+        self.pre_destroy()
         self.users -= 1
         self.iommufd.remove(self.id)
 
@@ -158,11 +163,26 @@ def _trigger_iopf(ictx, call, cmd):
     report_fault(idev, *(getattr(cmd.trigger_iopf, each) for each in ("pasid", "grpid", "perm", "addr")))
 
 
+def _trigger_vevent(ictx, call, cmd):
+    dev = ictx.device(cmd.trigger_vevent.dev_id).dev
+    if dev.viommu is None or not dev.vdev_id:
+        raise SysError(errno.ENOENT, "no guest knows it")
+    dev.viommu.report_event(IOMMU_VEVENTQ_TYPE_SELFTEST, dev.vdev_id.to_bytes(8, "little")[:4])
+
+
+def _check_cache(ictx, call, cmd):
+    dev, number = ictx.device(cmd.id).dev, cmd.check_dev_cache.id
+    if number >= MOCK_DEV_CACHE_NUM or dev.cache[number] != cmd.check_dev_cache.cache:
+        raise SysError(errno.EINVAL, f"cache {number} is not {cmd.check_dev_cache.cache:#x}")
+
+
 OPS = {
     IOMMU_TEST_OP_MOCK_DOMAIN: _mock_domain,
     IOMMU_TEST_OP_MOCK_DOMAIN_FLAGS: _mock_domain,
     IOMMU_TEST_OP_MOCK_DOMAIN_REPLACE: _replace,
     IOMMU_TEST_OP_TRIGGER_IOPF: _trigger_iopf,
+    IOMMU_TEST_OP_TRIGGER_VEVENT: _trigger_vevent,
+    IOMMU_TEST_OP_DEV_CHECK_CACHE: _check_cache,
     IOMMU_TEST_OP_PASID_ATTACH: _pasid_attach,
     IOMMU_TEST_OP_PASID_REPLACE: _pasid_replace,
     IOMMU_TEST_OP_PASID_DETACH: _pasid_detach,

@@ -5,7 +5,7 @@ Pages of 2 KiB, IOVAs from 16 MiB to 2 GiB - 1. It nests: a guest's domain is fo
 """
 
 import errno
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from conf_selftest import (
@@ -13,9 +13,13 @@ from conf_selftest import (
     IOMMU_HW_INFO_TYPE_SELFTEST,
     IOMMU_HWPT_DATA_SELFTEST,
     IOMMU_HWPT_INVALIDATE_DATA_SELFTEST,
+    IOMMU_TEST_DEV_CACHE_DEFAULT,
     IOMMU_TEST_INVALIDATE_FLAG_ALL,
+    IOMMU_VIOMMU_INVALIDATE_DATA_SELFTEST,
+    IOMMU_VIOMMU_TYPE_SELFTEST,
     MOCK_APERTURE_LAST,
     MOCK_APERTURE_START,
+    MOCK_DEV_CACHE_NUM,
     MOCK_FLAGS_DEVICE_NO_DIRTY,
     MOCK_FLAGS_DEVICE_PASID,
     MOCK_IOTLB_NUM,
@@ -23,13 +27,16 @@ from conf_selftest import (
     MOCK_PASID_WIDTH,
     iommu_hwpt_invalidate_selftest,
     iommu_hwpt_selftest,
+    iommu_viommu_invalidate_selftest,
+    iommu_viommu_selftest,
 )
 
 from iokeep.mem.ranges import Range
-from iokeep.soft.kernel.frames import FRAME_BYTES
+from iokeep.soft.kernel.frames import FRAME_BYTES, TAG_KERNEL, Claim, Kind
 from iokeep.soft.kernel.iommu import PciDevice
 from iokeep.soft.kernel.nesting import NestedDomain
 from iokeep.soft.kernel.syserror import SysError
+from iokeep.soft.kernel.viommu import Viommu
 from iokeep.uapi import iommufd as uapi
 
 #: IOMMU_TEST_PASID_RESERVED
@@ -38,10 +45,15 @@ _FAILING_PASID = 1024
 
 @dataclass(eq=False)
 class MockPciDevice(PciDevice):
-    """``flags``: MOCK_FLAGS_DEVICE_*. ``armed``: the next change of PASID 1024 fails."""
+    """``flags``: MOCK_FLAGS_DEVICE_*. ``armed``: the next change of PASID 1024 fails. ``viommu``: of the
+    nested domain that it is on, and as what (``vdev_id``). ``cache``: what its vIOMMU invalidates.
+    """
 
     flags: int = 0
     armed: bool = False
+    viommu: Viommu | None = None
+    vdev_id: int = 0
+    cache: list = field(default_factory=lambda: [IOMMU_TEST_DEV_CACHE_DEFAULT] * MOCK_DEV_CACHE_NUM)
 
     def __post_init__(self):
         # PASID 0 is the device itself
@@ -79,8 +91,9 @@ class MockDomain:
     aperture_last = MOCK_APERTURE_LAST
     proof = None
 
-    def __init__(self, kernel, *, dirty=False):
-        self.kernel = kernel
+    def __init__(self, iommu, *, dirty=False):
+        self.iommu = iommu
+        self.kernel = iommu.kernel
         self.devices = set()
         self.pages = {}
         self.dirty = MockDirty(self) if dirty else None
@@ -118,15 +131,16 @@ class MockDomain:
 
 
 class MockNested(NestedDomain):
-    """struct mock_iommu_domain_nested."""
+    """struct mock_iommu_domain_nested; ``viommu``: what it was made by."""
 
     dirty = None
 
-    def __init__(self, iommu, data):
+    def __init__(self, iommu, data, viommu=None):
         if data.data_type != IOMMU_HWPT_DATA_SELFTEST:
             raise SysError(errno.EOPNOTSUPP, f"nested domain with data of type {data.data_type:#x}")
         given = data.read(iommu_hwpt_selftest, IOMMU_HWPT_DATA_SELFTEST, "iotlb")
         self.iommu = iommu
+        self.viommu = viommu
         self.devices = set()
         self.iotlb = [given.iotlb] * MOCK_IOTLB_NUM
 
@@ -156,6 +170,58 @@ class MockNested(NestedDomain):
             array.done += 1
 
 
+class MockViommu(Viommu):
+    """struct mock_viommu: where it is told something, it says that again on a page that can be mapped."""
+
+    pfns = np.zeros(0, np.int64)
+    offset = 0
+
+    def init(self, data):
+        if data is None:
+            return
+        given = data.read(iommu_viommu_selftest, IOMMU_VIOMMU_TYPE_SELFTEST, "out_data")
+        frames = self.iommufd.kernel.frames
+        first = int(frames.alloc(1, TAG_KERNEL, Kind.KERNEL, order=1)[0])
+        pfns = np.array([first, first + 1], np.int64)
+        frames.words[first, 0] = given.in_data
+        given.out_data = given.in_data
+        given.out_mmap_offset = self.iommufd.mmaps.add(self, pfns)
+        given.out_mmap_length = 2 * FRAME_BYTES
+        self.pfns, self.offset = pfns, given.out_mmap_offset
+        try:
+            data.write(given)
+        except SysError:
+            self.release()
+            raise
+
+    def release(self):
+        if len(self.pfns):
+            self.iommufd.mmaps.remove(self.offset)
+            self.iommufd.kernel.frames.put(self.pfns)
+
+    def claims(self):
+        return [Claim(f"mock vIOMMU {self.id}", self.pfns, tag=TAG_KERNEL)]
+
+    def alloc_nested(self, flags, data):
+        return MockNested(self.iommu, data, self)
+
+    def cache_invalidate(self, array):
+        """mock_viommu_cache_invalidate: what is done before one that fails stays so."""
+        if array.entry_num == 0 and array.data_type == IOMMU_VIOMMU_INVALIDATE_DATA_SELFTEST:
+            return
+        for entry in array.whole(iommu_viommu_invalidate_selftest, IOMMU_VIOMMU_INVALIDATE_DATA_SELFTEST):
+            if entry.flags & ~IOMMU_TEST_INVALIDATE_FLAG_ALL:
+                raise SysError(errno.EOPNOTSUPP, f"invalidation flags {entry.flags:#x}")
+            if entry.cache_id >= MOCK_DEV_CACHE_NUM or entry.vdev_id not in self.vdevices:
+                raise SysError(errno.EINVAL, f"no cache {entry.cache_id} of device {entry.vdev_id:#x}")
+            cache = self.vdevices[entry.vdev_id].idev.dev.cache
+            if entry.flags & IOMMU_TEST_INVALIDATE_FLAG_ALL:
+                cache[:] = [0] * MOCK_DEV_CACHE_NUM
+            else:
+                cache[entry.cache_id] = 0
+            array.done += 1
+
+
 class MockIommu:
     """What an IOMMU driver does for iommufd (mock_ops)."""
 
@@ -182,13 +248,17 @@ class MockIommu:
             given = data.read(iommu_hwpt_selftest, IOMMU_HWPT_DATA_SELFTEST, "iotlb")
             if given.pagetable_type != 0:
                 raise SysError(errno.EOPNOTSUPP, f"page table type {given.pagetable_type}")
-        return MockDomain(self.kernel, dirty=bool(flags & uapi.IOMMU_HWPT_ALLOC_DIRTY_TRACKING))
+        return MockDomain(self, dirty=bool(flags & uapi.IOMMU_HWPT_ALLOC_DIRTY_TRACKING))
 
     def alloc_nested(self, dev, parent, flags, data):
         return MockNested(self, data)
 
     def owns(self, domain):
-        return isinstance(domain, MockDomain)
+        return domain.iommu is self
+
+    def viommu_class(self, dev, viommu_type):
+        """mock_get_viommu_size."""
+        return MockViommu if viommu_type == IOMMU_VIOMMU_TYPE_SELFTEST else None
 
     def enable_iopf(self, dev):
         """Every mock device can fault."""
@@ -200,6 +270,11 @@ class MockIommu:
         """mock_domain_nop_attach; None: the blocking domain."""
         if domain is not None and domain.dirty is not None and not self.tracks_dirty(dev):
             raise SysError(errno.EINVAL, "a domain with dirty tracking, a device without")
+        viommu, virt_id = getattr(domain, "viommu", None), 0
+        if viommu is not None:
+            virt_id = viommu.virt_id(dev)
+        if viommu is not dev.viommu:  # a new number in the same vIOMMU goes unseen, as in Linux
+            dev.viommu, dev.vdev_id = viommu, virt_id
         if dev.domain is not None:
             dev.domain.devices.discard(dev)
         dev.domain = domain

@@ -20,6 +20,8 @@ IOMMU_TEST_OP_MOCK_DOMAIN_FLAGS = 12
 IOMMU_TEST_OP_DIRTY = 13
 IOMMU_TEST_OP_MD_CHECK_IOTLB = 14
 IOMMU_TEST_OP_TRIGGER_IOPF = 15
+IOMMU_TEST_OP_DEV_CHECK_CACHE = 16
+IOMMU_TEST_OP_TRIGGER_VEVENT = 17
 IOMMU_TEST_OP_PASID_ATTACH = 18
 IOMMU_TEST_OP_PASID_REPLACE = 19
 IOMMU_TEST_OP_PASID_DETACH = 20
@@ -36,6 +38,13 @@ IOMMU_HWPT_DATA_SELFTEST = 0xDEAD
 IOMMU_HWPT_INVALIDATE_DATA_SELFTEST = 0xDEADBEEF
 IOMMU_TEST_INVALIDATE_FLAG_ALL = 1
 IOMMU_TEST_IOTLB_DEFAULT = 0xBADBEEF
+MOCK_DEV_CACHE_NUM = 4
+IOMMU_TEST_DEV_CACHE_DEFAULT = 0xBADDAD
+IOMMU_VIOMMU_TYPE_SELFTEST = 0xDEADBEEF
+IOMMU_VIOMMU_INVALIDATE_DATA_SELFTEST = 0xDEADBEEF
+IOMMU_VEVENTQ_TYPE_SELFTEST = 0xBEEFBEEF
+IOMMU_HW_QUEUE_TYPE_SELFTEST = 0xDEADBEEF
+IOMMU_TEST_HW_QUEUE_MAX = 2
 IOMMU_HW_INFO_TYPE_SELFTEST = 0xFEEDBEEF
 IOMMU_HW_INFO_SELFTEST_REGVAL = 0xDEADBEEF
 
@@ -102,6 +111,26 @@ class iommu_hwpt_invalidate_selftest(ctypes.Structure):
     _fields_ = [("flags", U32), ("iotlb_id", U32)]
 
 
+class iommu_viommu_selftest(ctypes.Structure):
+    """What VIOMMU_ALLOC tells the mock driver, and its answer (IOMMU_VIOMMU_TYPE_SELFTEST)."""
+
+    _fields_ = [("in_data", U32), ("out_data", U32), ("out_mmap_offset", U64), ("out_mmap_length", U64)]
+
+
+class iommu_viommu_invalidate_selftest(ctypes.Structure):
+    """One entry of HWPT_INVALIDATE on a vIOMMU (IOMMU_VIOMMU_INVALIDATE_DATA_SELFTEST)."""
+
+    _fields_ = [("flags", U32), ("vdev_id", U32), ("cache_id", U32)]
+
+
+class TriggerVevent(ctypes.Structure):
+    _fields_ = [("dev_id", U32)]
+
+
+class CheckCache(ctypes.Structure):
+    _fields_ = [("id", U32), ("cache", U32)]
+
+
 class _Union(ctypes.Union):
     _fields_ = [
         ("add_reserved", AddReserved),
@@ -112,6 +141,8 @@ class _Union(ctypes.Union):
         ("pasid", Pasid),
         ("check_iotlb", CheckIotlb),
         ("trigger_iopf", TriggerIopf),
+        ("trigger_vevent", TriggerVevent),
+        ("check_dev_cache", CheckCache),
     ]
 
 

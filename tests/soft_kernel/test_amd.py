@@ -117,6 +117,25 @@ def test_entries(kernel, c, fd):
     c.destroy(fd, x.hwpt)
 
 
+def test_what_the_driver_says_of_pasids_faults_and_guests(kernel, c, fd):
+    """As Linux's on an AMD IOMMU without PASIDs and PRI (tests/conformance/test_vfio.py, test_rows.py)."""
+    x = attached(kernel, c, fd)
+    faults = uapi.iommu_fault_alloc(size=16)
+    c.ioctl(fd, uapi.IOMMU_FAULT_QUEUE_ALLOC, faults)
+    hwpt = uapi.iommu_hwpt_alloc(size=48, dev_id=x.dev, pt_id=x.ioas, flags=4, fault_id=faults.out_fault_id)
+    c.ioctl(fd, uapi.IOMMU_HWPT_ALLOC, hwpt)
+    assert c.attach(x.v, hwpt.out_hwpt_id) == hwpt.out_hwpt_id
+    with refused(errno.EOPNOTSUPP):
+        c.hwpt(fd, x.dev, x.ioas, uapi.IOMMU_HWPT_ALLOC_PASID)
+    hwpt = uapi.iommu_hwpt_alloc(size=48, dev_id=x.dev, pt_id=x.hwpt, data_type=0x7EAD, data_len=8)
+    with refused(errno.EOPNOTSUPP):
+        c.ioctl(fd, uapi.IOMMU_HWPT_ALLOC, hwpt)
+    for parent, number in ((99, errno.ENOENT), (x.hwpt, errno.EINVAL)):
+        viommu = uapi.iommu_viommu_alloc(size=40, type=0x7EAD, dev_id=x.dev, hwpt_id=parent)
+        with refused(number):
+            c.ioctl(fd, uapi.IOMMU_VIOMMU_ALLOC, viommu)
+
+
 def test_reserved_regions(c, fd):
     v = c.vfio()
     c.bind(v, fd)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from iokeep.soft.kernel.iommu import Domain, Iommu, PciDevice
     from iokeep.soft.kernel.iommufd import Iommufd
     from iokeep.soft.kernel.nesting import NestedDomain
+    from iokeep.soft.kernel.viommu import Vdevice
 
 
 class IommufdDevice(IommufdObject):
@@ -35,6 +36,8 @@ class IommufdDevice(IommufdObject):
         #: PASID -> HWPT
         self.pasids: dict[int, Hwpt] = {}
         self.preserved = False
+        #: what a guest knows it as
+        self.vdevice: Vdevice | None = None
 
     @property
     def iommu(self) -> Iommu:
@@ -56,9 +59,15 @@ class IommufdDevice(IommufdObject):
     def unbind(self) -> None:
         """iommufd_device_unbind."""
         iommufd = self.iommufd
+        self.pre_destroy()
         self.users -= 1
         iommufd.remove(self.id)
         iommufd.put()
+
+    def pre_destroy(self) -> None:
+        """iommufd_device_pre_destroy: its vdevice goes first."""
+        if self.vdevice is not None:
+            self.iommufd.bury(self.vdevice.id)
 
     def destroy(self) -> None:
         """Give the DMA ownership back."""

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Queues of events that user space reads from a descriptor (drivers/iommu/iommufd/eventq.c): page faults."""
+"""Queues of events that user space reads from a descriptor (drivers/iommu/iommufd/eventq.c).
+
+Page faults of devices, which wait for an answer, and events of vIOMMUs, which do not.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import errno
 import select
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -19,9 +22,10 @@ from iokeep.uapi import iommufd as uapi
 if TYPE_CHECKING:
     from iokeep.soft.kernel.device import IommufdDevice
     from iokeep.soft.kernel.iommufd import Iommufd
+    from iokeep.soft.kernel.viommu import Viommu
 
 
-class EventQueue(IommufdObject):
+class EventQueue(IommufdObject, ABC):
     """What is read from a descriptor (struct iommufd_eventq), which is a user of it while it is open."""
 
     #: what the descriptor is called
@@ -98,7 +102,11 @@ class Fault:
         self.idev.iommu.page_response(self.idev.dev, self.message.pasid, self.message.grpid, code)
 
 
+#: VEVENTQ_MAX_DEPTH
+_MAX_EVENTS = 1 << 19
+_SEQUENCE_MASK = (1 << 31) - 1
 _FAULT_BYTES = ctypes.sizeof(uapi.iommu_hwpt_pgfault)
+_HEADER_BYTES = ctypes.sizeof(uapi.iommufd_vevent_header)
 _RESPONSE_BYTES = ctypes.sizeof(uapi.iommu_hwpt_page_response)
 
 
@@ -177,6 +185,89 @@ class FaultQueue(EventQueue):
         """No HWPT has it any more, and so no device a fault in it."""
         if self._deliver or self._response:
             raise AssertionError(f"fault queue {self.id} destroyed with faults in it")
+
+
+class VeventQueue(EventQueue):
+    """Events of one type of a vIOMMU, which it is a user of (struct iommufd_veventq).
+
+    No more than ``depth`` wait; where one did not fit, a header without data says so behind the last, until
+    another one comes: its sequence number tells then.
+    """
+
+    type_name = "veventq"
+    file_name = "[iommufd-viommu-event]"
+
+    def __init__(self, viommu: Viommu, event_type: int, depth: int) -> None:
+        super().__init__(viommu.iommufd)
+        self._viommu = viommu
+        self._type = event_type
+        self._depth = depth
+        #: sequence numbers with data
+        self._deliver: deque[tuple[int, bytes]] = deque()
+        #: the sequence number of the last event that was lost behind these
+        self._lost: int | None = None
+        self._sequence = 0
+
+    def add(self, data: bytes) -> None:
+        """iommufd_vevent_handler."""
+        if len(self._deliver) == self._depth:
+            self._lost = self._sequence
+        else:
+            self._lost = None
+            self._deliver.append((self._sequence, data))
+        self._sequence = (self._sequence + 1) & _SEQUENCE_MASK
+
+    def read(self, length: int) -> bytes:
+        """iommufd_veventq_fops_read: whole events only.
+
+        :raises SysError: EINVAL: no room for a header, or for the first event.
+        """
+        if length < _HEADER_BYTES:
+            raise SysError(errno.EINVAL, f"read of {length} bytes, a header has {_HEADER_BYTES}")
+        out = bytearray()
+        while self._deliver:
+            sequence, data = self._deliver[0]
+            if _HEADER_BYTES + len(data) > length - len(out):
+                if not out:
+                    raise SysError(errno.EINVAL, "no room for an event")
+                return bytes(out)
+            self._deliver.popleft()
+            out += bytes(uapi.iommufd_vevent_header(0, sequence)) + data
+        if self._lost is not None and length - len(out) >= _HEADER_BYTES:
+            out += bytes(uapi.iommufd_vevent_header(uapi.IOMMU_VEVENTQ_FLAG_LOST_EVENTS, self._lost))
+            self._lost = None
+        return bytes(out)
+
+    def write(self, data: bytes) -> int:
+        """Events are not answered. :raises SysError: EINVAL."""
+        raise SysError(errno.EINVAL, f"{self.file_name} cannot be written")
+
+    def poll(self) -> int:
+        """POLLIN where there is something, also only that events were lost."""
+        waiting = self._deliver or self._lost is not None
+        return select.POLLIN | select.POLLRDNORM if waiting else 0
+
+    def destroy(self) -> None:
+        """iommufd_veventq_destroy."""
+        del self._viommu.event_queues[self._type]
+        self._viommu.users -= 1
+
+
+def iommufd_veventq_alloc(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_veventq_alloc) -> None:
+    """IOMMU_VEVENTQ_ALLOC."""
+    if cmd.flags or getattr(cmd, "__reserved") or cmd.type == uapi.IOMMU_VEVENTQ_TYPE_DEFAULT:
+        raise SysError(errno.EOPNOTSUPP, f"event queue of type {cmd.type}, flags {cmd.flags:#x}")
+    if not 0 < cmd.veventq_depth <= _MAX_EVENTS:
+        raise SysError(errno.EINVAL, f"event queue of depth {cmd.veventq_depth}")
+    viommu = ictx.viommu(cmd.viommu_id)
+    if cmd.type in viommu.event_queues:
+        raise SysError(errno.EEXIST, f"vIOMMU {viommu.id} has a queue for events of type {cmd.type:#x}")
+    queue = VeventQueue(viommu, cmd.type, cmd.veventq_depth)
+    cmd.out_veventq_fd = call.process.install(EventFile(queue))
+    viommu.users += 1
+    viommu.event_queues[cmd.type] = queue
+    cmd.out_veventq_id = ictx.add(queue)
+    call.respond(cmd)
 
 
 def iommufd_fault_alloc(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_fault_alloc) -> None:

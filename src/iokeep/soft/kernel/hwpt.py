@@ -15,6 +15,7 @@ from iokeep.soft.kernel.objects import IommufdObject
 from iokeep.soft.kernel.pages import ULONG_MAX
 from iokeep.soft.kernel.syserror import SysError
 from iokeep.soft.kernel.userdata import UserArray, UserData
+from iokeep.soft.kernel.viommu import Viommu
 from iokeep.uapi import iommufd as uapi
 
 if TYPE_CHECKING:
@@ -154,15 +155,19 @@ class HwptPaging(Hwpt):
 
 
 class HwptNested(Hwpt):
-    """A guest's translation on top of a nesting parent, which it is a user of."""
+    """A guest's translation on top of a nesting parent. It is a user of the parent, or of the vIOMMU by which
+    it was made.
+    """
 
     domain: NestedDomain
 
-    def __init__(self, parent: HwptPaging, domain: NestedDomain, *, pasid_compat: bool) -> None:
-        super().__init__(parent.iommufd, pasid_compat=pasid_compat)
-        self.parent = parent
+    def __init__(self, base: HwptPaging | Viommu, domain: NestedDomain, *, pasid_compat: bool) -> None:
+        super().__init__(base.iommufd, pasid_compat=pasid_compat)
+        self._base = base
+        self.parent = base.parent if isinstance(base, Viommu) else base
         self.domain = domain
-        parent.users += 1
+        base.users += 1
+        base.iommufd.add(self)
 
     @property
     def paging(self) -> HwptPaging:
@@ -181,9 +186,20 @@ class HwptNested(Hwpt):
         if parent.auto_domain or not parent.nest_parent or not iommu.owns(parent.domain):
             raise SysError(errno.EINVAL, f"HWPT {parent.id} is no nesting parent for {idev.dev.name}")
         domain = iommu.alloc_nested(idev.dev, parent.domain, flags & ~uapi.IOMMU_HWPT_FAULT_ID_VALID, data)
-        hwpt = cls(parent, domain, pasid_compat=bool(flags & uapi.IOMMU_HWPT_ALLOC_PASID))
-        parent.iommufd.add(hwpt)
-        return hwpt
+        return cls(parent, domain, pasid_compat=bool(flags & uapi.IOMMU_HWPT_ALLOC_PASID))
+
+    @classmethod
+    def alloc_on_viommu(cls, viommu: Viommu, idev: IommufdDevice, flags: int, data: UserData) -> HwptNested:
+        """iommufd_viommu_alloc_hwpt_nested; it is listed.
+
+        :raises SysError: EINVAL: the device is behind another IOMMU; EOPNOTSUPP; what the driver refuses.
+        """
+        if idev.iommu is not viommu.iommu:
+            raise SysError(errno.EINVAL, f"{idev.dev.name} is behind another IOMMU than vIOMMU {viommu.id}")
+        if flags & ~_NESTED_FLAGS or not data.length:
+            raise SysError(errno.EOPNOTSUPP, f"nested HWPT: flags {flags:#x}, {data.length} bytes of data")
+        domain = viommu.alloc_nested(flags & ~uapi.IOMMU_HWPT_FAULT_ID_VALID, data)
+        return cls(viommu, domain, pasid_compat=bool(flags & uapi.IOMMU_HWPT_ALLOC_PASID))
 
     def attach_dev(self, idev: IommufdDevice) -> None:
         """See :class:`Hwpt`."""
@@ -192,7 +208,7 @@ class HwptNested(Hwpt):
     def destroy(self) -> None:
         """iommufd_hwpt_nested_destroy."""
         self._free()
-        self.parent.users -= 1
+        self._base.users -= 1
 
 
 # ---- ioctls
@@ -212,8 +228,10 @@ def iommufd_hwpt_alloc(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_hwpt_alloc) -
         hwpt = HwptPaging.alloc(target, idev, cmd.flags, data=data if data.length else None, immediate=False)
     elif isinstance(target, HwptPaging):
         hwpt = HwptNested.alloc(target, idev, cmd.flags, data)
+    elif isinstance(target, Viommu):
+        hwpt = HwptNested.alloc_on_viommu(target, idev, cmd.flags, data)
     else:
-        raise SysError(errno.EINVAL, f"object {cmd.pt_id} is neither an IOAS nor a paging HWPT")
+        raise SysError(errno.EINVAL, f"object {cmd.pt_id} is no IOAS, paging HWPT or vIOMMU")
     if cmd.flags & uapi.IOMMU_HWPT_FAULT_ID_VALID:
         fault = ictx.objects.get(cmd.fault_id)
         if not isinstance(fault, FaultQueue):
@@ -306,6 +324,9 @@ def _invalidate(ictx: Iommufd, cmd: uapi.iommu_hwpt_invalidate, array: UserArray
     ):
         raise SysError(errno.EINVAL, f"{array.entry_num} entries of {array.entry_len} bytes")
     target = ictx.find(cmd.hwpt_id)
-    if not isinstance(target, HwptNested):
+    if isinstance(target, HwptNested):
+        target.domain.cache_invalidate(array)
+    elif isinstance(target, Viommu):
+        target.cache_invalidate(array)
+    else:
         raise SysError(errno.EINVAL, f"{target.type_name} {cmd.hwpt_id} has no guest caches")
-    target.domain.cache_invalidate(array)

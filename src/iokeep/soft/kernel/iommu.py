@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from iokeep.soft.kernel.kernel import Kernel
     from iokeep.soft.kernel.nesting import NestedDomain
     from iokeep.soft.kernel.userdata import UserData
+    from iokeep.soft.kernel.viommu import Viommu
 
 
 @dataclass(eq=False)
@@ -498,6 +499,10 @@ class Iommu(ABC):
         :raises SysError: what the driver refuses.
         """
         raise AssertionError(f"{dev.name}: no domain of {self.NAME} is a nesting parent")
+
+    def viommu_class(self, dev: PciDevice, viommu_type: int) -> type[Viommu] | None:
+        """What a vIOMMU of this type is, for ``dev`` (get_viommu_size); None: there is none."""
+        return None
 
     def owns(self, domain: Domain) -> bool:
         """Whether this driver made the domain (domain->owner)."""

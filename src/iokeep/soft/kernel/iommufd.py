@@ -2,8 +2,8 @@
 """/dev/iommu: the file, its objects, and one function for each ioctl.
 
 Each function follows the one of the same name in drivers/iommu/iommufd of Linux 7.3 (ioas.c, device.c,
-viommu.c, vfio_compat.c; those of hw_pagetable.c and eventq.c are in hwpt.py and eventq.py), so that the same
-call fails for the same reason with the same errno.
+vfio_compat.c; those of hw_pagetable.c, eventq.c and viommu.c are in hwpt.py, eventq.py and viommu.py), so
+that the same call fails for the same reason with the same errno.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from iokeep.mem.ranges import Range
 from iokeep.pt.extents import PROT_R, PROT_W
 from iokeep.soft.kernel.device import IommufdDevice
-from iokeep.soft.kernel.eventq import iommufd_fault_alloc
+from iokeep.soft.kernel.eventq import iommufd_fault_alloc, iommufd_veventq_alloc
 from iokeep.soft.kernel.files import File, Ioctl
-from iokeep.soft.kernel.frames import FRAME_BYTES, Claim
+from iokeep.soft.kernel.frames import FRAME_BYTES, I64, Claim
 from iokeep.soft.kernel.hwpt import (
     HwptPaging,
     iommufd_hwpt_alloc,
@@ -28,9 +28,17 @@ from iokeep.soft.kernel.hwpt import (
     iommufd_hwpt_set_dirty_tracking,
 )
 from iokeep.soft.kernel.ioas import Ioas, Piece
+from iokeep.soft.kernel.mmaps import Mmaps
 from iokeep.soft.kernel.objects import IommufdObject
 from iokeep.soft.kernel.pages import ULONG_MAX, Pages
+from iokeep.soft.kernel.process import Backing, Vma, backing_of
 from iokeep.soft.kernel.syserror import SysError
+from iokeep.soft.kernel.viommu import (
+    Viommu,
+    iommufd_hw_queue_alloc_ioctl,
+    iommufd_vdevice_alloc_ioctl,
+    iommufd_viommu_alloc_ioctl,
+)
 from iokeep.uapi import iommufd as uapi
 from iokeep.uapi.copy_struct import IOMMU_IOCTLS, copy_struct_in
 
@@ -41,8 +49,6 @@ if TYPE_CHECKING:
 _MAP_FLAGS = uapi.IOMMU_IOAS_MAP_FIXED_IOVA | uapi.IOMMU_IOAS_MAP_WRITEABLE | uapi.IOMMU_IOAS_MAP_READABLE
 #: ranges that one IOAS_ALLOW_IOVAS may bring; Linux has no bound but its memory
 _MAX_RANGES = 1 << 16
-#: VEVENTQ_MAX_DEPTH (eventq.c)
-_MAX_EVENTS = 1 << 19
 
 
 class Iommufd(File):
@@ -59,14 +65,17 @@ class Iommufd(File):
         self.preserved = False
         self.account_mm = False
         self.vfio_ioas: Ioas | None = None
+        self.mmaps = Mmaps()
         self._lowest = 1
+        #: ids of objects that the kernel had to destroy: nobody else gets them
+        self._tombstones: set[int] = set()
 
     # ---- objects (main.c)
 
     def add(self, item: IommufdObject) -> int:
         """List an object under the lowest free id (XA_FLAGS_ALLOC1); the id."""
         number = self._lowest
-        while number in self.objects:
+        while number in self.objects or number in self._tombstones:
             number += 1
         self._lowest = number + 1
         self.objects[number] = item
@@ -100,6 +109,25 @@ class Iommufd(File):
         if not isinstance(item, IommufdDevice):
             raise SysError(errno.ENOENT, f"{item.type_name} {number} is no device")
         return item
+
+    def viommu(self, number: int) -> Viommu:
+        """:raises SysError: ENOENT."""
+        item = self.find(number)
+        if not isinstance(item, Viommu):
+            raise SysError(errno.ENOENT, f"{item.type_name} {number} is no vIOMMU")
+        return item
+
+    def bury(self, number: int) -> None:
+        """iommufd_object_tombstone_user: destroy an object that its owner may not know to be gone; its id is
+        not used again. :raises SysError: EBUSY.
+        """
+        self.remove(number)
+        self._tombstones.add(number)
+
+    @property
+    def empty(self) -> bool:
+        """There are no objects, and were none that had to be destroyed."""
+        return not self.objects and not self._tombstones
 
     def remove(self, number: int) -> None:
         """iommufd_object_remove: destroy an object that nobody else uses. :raises SysError: ENOENT, EBUSY."""
@@ -140,6 +168,18 @@ class Iommufd(File):
         """The pins of every IOAS."""
         for item in self.objects.values():
             yield from item.claims()
+
+    # ---- mmap
+
+    def map_pages(self, offset: int, length: int, *, writable: bool) -> tuple[I64 | None, Backing]:
+        """iommufd_fops_mmap. :raises SysError: ENXIO."""
+        pfns = self.mmaps.map(offset, length)
+        self.kernel.frames.get(pfns)
+        return pfns, backing_of(pfns)
+
+    def unmapped(self, vma: Vma) -> None:
+        """iommufd_fops_vma_close."""
+        self.mmaps.unmapped(vma.offset)
 
     # ---- ioctl
 
@@ -374,7 +414,7 @@ def _option_rlimit_mode(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_option) -> N
     elif cmd.op == uapi.IOMMU_OPTION_OP_SET:
         if not call.process.privileged:
             raise SysError(errno.EPERM, "RLIMIT_MODE needs CAP_SYS_RESOURCE")
-        if ictx.objects:
+        if not ictx.empty:
             raise SysError(errno.EBUSY, "RLIMIT_MODE can only be set before there are objects")
         if cmd.val64 not in (0, 1):
             raise SysError(errno.EINVAL, f"RLIMIT_MODE {cmd.val64}")
@@ -426,7 +466,7 @@ def iommufd_ioas_noiommu_get_pa(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_ioas
     raise SysError(errno.EOPNOTSUPP, f"IOAS {ioas.id} is behind an IOMMU")
 
 
-# ---- devices, vIOMMU (device.c, viommu.c)
+# ---- devices (device.c)
 
 
 def iommufd_get_hw_info(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_hw_info) -> None:
@@ -454,41 +494,6 @@ def iommufd_get_hw_info(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_hw_info) -> 
         cmd.out_capabilities |= uapi.IOMMU_HW_CAP_DIRTY_TRACKING
     cmd.out_max_pasid_log2 = max(0, idev.dev.max_pasids.bit_length() - 1)
     call.respond(cmd)
-
-
-def iommufd_viommu_alloc_ioctl(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_viommu_alloc) -> None:
-    """IOMMU_VIOMMU_ALLOC: no driver here has viommu ops."""
-    if cmd.flags or cmd.type == uapi.IOMMU_VIOMMU_TYPE_DEFAULT:
-        raise SysError(errno.EOPNOTSUPP, f"vIOMMU of type {cmd.type}, flags {cmd.flags:#x}")
-    ictx.device(cmd.dev_id)
-    raise SysError(errno.EOPNOTSUPP, "this IOMMU has no vIOMMU")
-
-
-def iommufd_vdevice_alloc_ioctl(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_vdevice_alloc) -> None:
-    """IOMMU_VDEVICE_ALLOC: there can be no vIOMMU."""
-    if cmd.virt_id > 2**32 - 1:
-        raise SysError(errno.EINVAL, f"virt_id {cmd.virt_id:#x}")
-    raise SysError(errno.ENOENT, f"object {cmd.viommu_id} is no vIOMMU")
-
-
-def iommufd_veventq_alloc(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_veventq_alloc) -> None:
-    """IOMMU_VEVENTQ_ALLOC: there can be no vIOMMU."""
-    if cmd.flags or getattr(cmd, "__reserved") or cmd.type == uapi.IOMMU_VEVENTQ_TYPE_DEFAULT:
-        raise SysError(errno.EOPNOTSUPP, f"event queue of type {cmd.type}, flags {cmd.flags:#x}")
-    if not 0 < cmd.veventq_depth <= _MAX_EVENTS:
-        raise SysError(errno.EINVAL, f"event queue of depth {cmd.veventq_depth}")
-    raise SysError(errno.ENOENT, f"object {cmd.viommu_id} is no vIOMMU")
-
-
-def iommufd_hw_queue_alloc_ioctl(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_hw_queue_alloc) -> None:
-    """IOMMU_HW_QUEUE_ALLOC: there can be no vIOMMU."""
-    if cmd.flags or cmd.type == uapi.IOMMU_HW_QUEUE_TYPE_DEFAULT:
-        raise SysError(errno.EOPNOTSUPP, f"hardware queue of type {cmd.type}, flags {cmd.flags:#x}")
-    if not cmd.length:
-        raise SysError(errno.EINVAL, "hardware queue of no length")
-    if cmd.nesting_parent_iova + cmd.length - 1 > ULONG_MAX:
-        raise SysError(errno.EOVERFLOW, f"iova {cmd.nesting_parent_iova:#x} + {cmd.length:#x}")
-    raise SysError(errno.ENOENT, f"object {cmd.viommu_id} is no vIOMMU")
 
 
 _Handler = Callable[[Iommufd, Ioctl, Any], int | None]

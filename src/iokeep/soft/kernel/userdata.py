@@ -94,6 +94,9 @@ class UserArray:
         _typed(self.data_type, wanted)
         if not self.entry_num:
             raise SysError(errno.EINVAL, "an array of nothing")
+        if self.entry_len == ctypes.sizeof(struct):
+            raw = self.process.copy_from_user(self.uptr, self.entry_num * self.entry_len)
+            return [struct.from_buffer_copy(raw, at) for at in range(0, len(raw), self.entry_len)]
         return [
             _copy(self.process, struct, self.uptr + index * self.entry_len, self.entry_len)
             for index in range(self.entry_num)

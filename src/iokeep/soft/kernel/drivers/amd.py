@@ -9,6 +9,7 @@ translating is never switched off, not even for a moment: requests would pass un
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
@@ -33,11 +34,14 @@ from iokeep.soft.kernel.frames import (
 )
 from iokeep.soft.kernel.iommu import Domain, Inherited, Iommu, PciDevice
 from iokeep.soft.kernel.queue import Command, CommandQueue
+from iokeep.soft.kernel.syserror import SysError
+from iokeep.soft.kernel.viommu import Viommu
 from iokeep.uapi import iommufd as uapi
 
 if TYPE_CHECKING:
     from iokeep.soft.hardware.unit import Unit
     from iokeep.soft.kernel.kernel import Kernel
+    from iokeep.soft.kernel.userdata import UserData
 
 #: command buffer and event log have 2**order frames: 512 entries (CMD_BUFFER_SIZE, EVT_BUFFER_SIZE)
 BUFFER_ORDER = 1
@@ -45,6 +49,13 @@ _BUFFER_LEN = (FRAME_BYTES << BUFFER_ORDER).bit_length() - 1 - 4 << reg.BUF_LEN_
 _COMMAND_EVENTS = (codec.FaultReason.ILLEGAL_COMMAND_ERROR, codec.FaultReason.COMMAND_HARDWARE_ERROR)
 #: MAX_DOMAIN_ID
 DOMAIN_IDS = 1 << 16
+
+
+class AmdViommu(Viommu):
+    """A vIOMMU with which nothing can be done (amd_viommu_ops)."""
+
+    def init(self, data: UserData | None) -> None:
+        """amd_iommufd_viommu_init: the data is not looked at."""
 
 
 class CommandBuffer(CommandQueue):
@@ -111,6 +122,19 @@ class AmdVi(Iommu):
         self._table_pa = 0
         self._table_bytes = 0
         self._log_pa = 0
+
+    def alloc_paging(self, dev: PciDevice, flags: int, data: UserData | None) -> Domain:
+        """amd_iommu_domain_alloc_paging_flags: an IOMMU without PASIDs has no domains for them either."""
+        if flags & uapi.IOMMU_HWPT_ALLOC_PASID:
+            raise SysError(errno.EOPNOTSUPP, f"{dev.name}: this IOMMU has no PASIDs")
+        return super().alloc_paging(dev, flags, data)
+
+    def enable_iopf(self, dev: PciDevice) -> None:
+        """attach_device: where a device has no PRI, faults are not turned on, and nothing says so."""
+
+    def viommu_class(self, dev: PciDevice, viommu_type: int) -> type[Viommu] | None:
+        """amd_iommufd_get_viommu_size: it does not look at the type; no HWPT here can carry one."""
+        return AmdViommu
 
     @property
     def _most_levels(self) -> int:
