@@ -709,7 +709,7 @@ def test_what_this_iommu_does_not_offer(c, fd, ioas, dev):
         (uapi.IOMMU_VIOMMU_ALLOC, uapi.iommu_viommu_alloc(size=40, type=1, dev_id=dev[1], hwpt_id=hwpt), 95),
         (uapi.IOMMU_VIOMMU_ALLOC, uapi.iommu_viommu_alloc(size=40, type=1, dev_id=99), 2),
         (uapi.IOMMU_VDEVICE_ALLOC, uapi.iommu_vdevice_alloc(size=24, viommu_id=5), 2),
-        (uapi.IOMMU_VDEVICE_ALLOC, uapi.iommu_vdevice_alloc(size=24, virt_id=2**32), 22),
+        (uapi.IOMMU_VDEVICE_ALLOC, uapi.iommu_vdevice_alloc(size=24, virt_id=2**32), 2),
         (uapi.IOMMU_VEVENTQ_ALLOC, uapi.iommu_veventq_alloc(size=32, type=1, veventq_depth=1), 2),
         (uapi.IOMMU_VEVENTQ_ALLOC, uapi.iommu_veventq_alloc(size=32, type=1), 22),
         (uapi.IOMMU_HW_QUEUE_ALLOC, uapi.iommu_hw_queue_alloc(size=40, type=1, length=1), 2),
