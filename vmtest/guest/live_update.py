@@ -17,7 +17,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from iokeep.iommufd.client import Iommufd
+from iokeep.iommufd.client import READ, WRITE, Iommufd
 from iokeep.luo.client import LiveUpdate
 from iokeep.mem.live import LiveMemory
 from iokeep.pt.gather import gather
@@ -54,10 +54,15 @@ def areas() -> tuple[Area, ...]:
 
 
 def wrong(right: tuple[Area, ...]) -> tuple[Area, ...]:
-    """The mistakes that a VMM can make, one of each: offset, permission, a page left out, a page too many."""
+    """The mistakes that a VMM can make, one of each: offset, permission, a page left out, a page too many.
+
+    Each is one page, so that the first mismatches name all four.
+    """
     out = list(right)
-    out[0] = replace(out[0], offset=PAGE)
-    out[5] = replace(out[5], prot=4 - out[5].prot if out[5].prot != 2 else 3)
+    out[3] = replace(out[3], offset=0)
+    # from read-only: a format that has no write-only shows that too
+    mistaken = next(n for n in range(4, len(out)) if out[n].prot == READ)
+    out[mistaken] = replace(out[mistaken], prot=READ | WRITE)
     gone = out.pop(9)
     out.append(Area(0x200000000, 0x200000FFF, RAM, gone.offset, 3))
     return tuple(out)
