@@ -58,7 +58,7 @@ def test_preflight_of_descriptors(capsys, ram):
     assert code == 1
     first, second = found["files"]
     assert (first["kind"], first["token"], second["token"]) == ("memfd", "0x10", "0x11")
-    assert second["problems"][-1]["errno"] == "EBUSY"
+    assert second["problems"][0]["errno"] == "EBUSY"
     assert main(["host", "preflight", "--fd", f"self:{ram}"]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out

@@ -33,7 +33,8 @@ DEVICE = FileFacts("/dev/vfio/devices/vfio0", "vfio", (6, 10))
 class Host:
     """Processes as a dict of descriptors."""
 
-    def __init__(self, files, mapped=(), sessions=()):
+    def __init__(self, files, mapped=(), sessions=(), free=None):
+        self.free = free
         self.files = files
         self.maps = set(mapped)
         self.sessions = list(sessions)
@@ -50,9 +51,12 @@ class Host:
     def session_names(self):
         return self.sessions
 
+    def available(self):
+        return self.free
+
 
 def verdict(files, wanted=None, **options):
-    host = Host(files, options.pop("mapped", ()), options.pop("sessions", ()))
+    host = Host(files, options.pop("mapped", ()), options.pop("sessions", ()), options.pop("free", None))
     wanted = [Wanted(7, fd) for fd in files] if wanted is None else wanted
     return preflight(host, wanted, **options)
 
@@ -74,7 +78,10 @@ def test_a_sealed_memfd_is_fine():
         (memfd(1, seals=1), "warning", "", "not sealed SHRINK|GROW"),
         (memfd(1, seals=SEALED | 32), "warning", "", "MFD_NOEXEC_SEAL"),
         (memfd(1, seals=SEALED | 64), "refused", "EOPNOTSUPP", "0x40"),
-        (memfd(1, size=1 << 45), "refused", "EFBIG", "32 TiB"),
+        (memfd(1, size=1 << 44), "refused", "EFBIG", "16 TiB"),
+        (memfd(1, size=(1 << 44) - 4096), "refused", "ENOMEM", "1 TiB or more"),
+        (memfd(1, size=1 << 40), "refused", "ENOMEM", "1024 GiB"),
+        (FileFacts("/memfd:x", "path", (1, 1)), "refused", "EBADF", "O_PATH"),
         (memfd(1, seals=None), "warning", "", "seals cannot be read"),
         (
             FileFacts("/memfd:x", "memfd", (1, 1), 2 * MIB, MIB, SEALED),
@@ -103,6 +110,28 @@ def test_a_memfd_that_was_sealed_against_all():
     assert verdict({3: memfd(1, seals=63)}).all_problems() == []
 
 
+def test_just_below_a_tebibyte():
+    assert verdict({3: memfd(1, size=(1 << 40) - 4096)}).all_problems() == []
+
+
+def test_holes_that_memory_cannot_fill():
+    """Once for a file that is named twice, and over all files together."""
+    files = {n: FileFacts("/memfd:x", "memfd", (1, min(n, 4)), 4 * MIB, MIB, SEALED) for n in (3, 4, 5)}
+    fine = verdict(files, [Wanted(7, 3), Wanted(7, 4)], free=6 * MIB)
+    assert fine.preserves
+    short = verdict(files, [Wanted(7, 3), Wanted(7, 4)], free=6 * MIB - 1)
+    assert [(p.severity, p.errno) for p in short.problems] == [("refused", "ENOMEM")]
+    assert "6 MiB of these files are holes" in short.problems[0].why
+    assert verdict(files, free=6 * MIB).problems == []
+
+
+def test_the_kernels_first_answer_comes_first():
+    files = {3: memfd(1, seals=0), 4: FileFacts("pipe:[5]", "pipe", (1, 9))}
+    found = verdict(files, [Wanted(7, 3, 1), Wanted(7, 4, 1), Wanted(7, 3, 1)])
+    assert [p.errno for p in found.files[1].problems] == ["EEXIST", "ENOENT"]
+    assert [p.errno for p in found.files[2].problems] == ["EEXIST", "EBUSY", ""]
+
+
 def test_closed():
     found = verdict({}, [Wanted(7, 3)])
     assert reasons(found) == [("refused", "EBADF")]
@@ -122,7 +151,8 @@ def test_order_on_a_kernel_that_preserves_iommufds():
     assert verdict(files, right, preserves_iommufd=True).preserves
     wrong = verdict(files, [Wanted(7, 5), Wanted(7, 4), Wanted(7, 3)], preserves_iommufd=True)
     assert reasons(wrong) == [("refused", "EINVAL"), ("refused", "EINVAL")]
-    assert "comes before a iommufd" in wrong.files[0].problems[0].why.replace("an iommufd", "a iommufd")
+    assert "comes before an iommufd" in wrong.files[0].problems[0].why
+    assert "comes before a memfd" in wrong.files[1].problems[0].why
 
 
 def test_memfds_that_are_left_out():
@@ -135,7 +165,7 @@ def test_nothing():
     assert "nothing to preserve" in verdict({}, []).problems[0].why
 
 
-@pytest.mark.parametrize("name", ["", "x" * 64, "a\0b", "\u00e9" * 32])
+@pytest.mark.parametrize("name", ["", "x" * 64, "a\0b", "\u00e9" * 32, "\udcff" * 64])
 def test_names_that_cannot_be(name):
     assert [(p.severity, p.errno) for p in check_name(name, [])] == [("refused", "EINVAL")]
 
@@ -165,16 +195,19 @@ def test_the_name_that_breaks_the_next_boot():
         ("pipe:[77]", "pipe"),
         ("socket:[8]", "socket"),
         ("/etc/hosts", "file"),
-        ("/dev/shm/x (deleted)", "shmem"),
     ],
 )
 def test_kinds(link, kind):
     assert kind_of(link) == kind
 
 
-def test_a_file_with_a_name_is_a_file():
-    assert kind_of("/dev/shm/x", nlink=1) == "file"
-    assert kind_of("/memfd:ram (deleted)", block=2 * MIB) == "hugetlb"
+def test_kinds_by_file_system():
+    tmpfs, hugetlbfs, ext4 = 0x01021994, 0x958458F6, 0xEF53
+    assert kind_of("/dev/shm/x", nlink=1, filesystem=tmpfs) == "file"
+    assert kind_of("/tmp/x (deleted)", filesystem=tmpfs) == "shmem"
+    assert kind_of("/tmp/#7 (deleted)", filesystem=ext4) == "file"
+    assert kind_of("/memfd:ram (deleted)", filesystem=hugetlbfs) == "hugetlb"
+    assert kind_of("/memfd:ram (deleted)", filesystem=tmpfs) == "memfd"
 
 
 def test_seal_names():
@@ -202,6 +235,35 @@ def test_a_real_memfd(ram):
 
     fcntl.fcntl(ram, fcntl.F_ADD_SEALS, SEALED)
     assert preflight(ProcFs(), [Wanted(os.getpid(), ram)]).files[0].problems == []
+
+
+def test_a_descriptor_for_a_path_only(ram):
+    fd = os.open(f"/proc/self/fd/{ram}", os.O_PATH)
+    try:
+        assert ProcFs().facts(os.getpid(), fd).kind == "path"
+    finally:
+        os.close(fd)
+
+
+def test_a_file_of_a_tmpfs_without_a_name():
+    """Whatever this machine has at /dev/shm; a tmpfs, as a rule."""
+    fd = os.open("/dev/shm", os.O_TMPFILE | os.O_RDWR)
+    try:
+        facts = ProcFs().facts(os.getpid(), fd)
+        assert facts.kind == "shmem"
+        assert facts.seals is not None
+    finally:
+        os.close(fd)
+
+
+def test_free_memory(tmp_path):
+    assert ProcFs(tmp_path).available() is None
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   8192 kB\nCmaFree:   4096 kB\n")
+    assert ProcFs(tmp_path).available() == 4 * MIB
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\n")
+    assert ProcFs(tmp_path).available() is None
+    assert ProcFs().available() > 0
 
 
 def test_candidates_of_this_process(ram):
@@ -235,13 +297,16 @@ def test_no_such_process(tmp_path):
 
 def test_sessions_of_a_tree(tmp_path):
     for pid, links in {
-        1: ["anon_inode:[luo_session] vm-2", "/dev/null"],
+        1: ["anon_inode:[luo_session] vm-2", "/dev/null", None],
         2: ["anon_inode:[luo_session] vm 1"],
     }.items():
         directory = tmp_path / f"proc/{pid}/fd"
         directory.mkdir(parents=True)
         for fd, link in enumerate(links):
-            (directory / str(fd)).symlink_to(link)
+            if link is None:
+                (directory / str(fd)).touch()  # as a descriptor that was closed just now, it cannot be read
+            else:
+                (directory / str(fd)).symlink_to(link)
     processes = ProcFs(tmp_path)
     assert processes.session_names() == ["vm 1", "vm-2"]
     assert processes.facts(1, 0).kind == "session"

@@ -3,11 +3,14 @@
 
 Looks at another process through /proc and changes nothing there. The rules are those of Linux 7.3.4
 (kernel/liveupdate/luo_file.c, mm/memfd_luo.c); what an iommufd or a device needs is from the proposal, and
-only asked where the kernel knows its calls.
+only asked where the kernel knows its calls. vmtest holds every rule against that kernel's own answer.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import errno
 import fcntl
 import os
 import re
@@ -19,12 +22,19 @@ from typing import Protocol
 from iokeep.errors import CapabilityError
 from iokeep.handover.abi import MEMFD_LUO_ALL_SEALS
 from iokeep.uapi import liveupdate as luo
+from iokeep.uapi.kernel import KernelTransport
 
 F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW, F_SEAL_WRITE, F_SEAL_EXEC = 1, 2, 4, 8, 32
 _FIXED_SIZE = F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW
 _SEALS = {1: "SEAL", 2: "SHRINK", 4: "GROW", 8: "WRITE", 16: "FUTURE_WRITE", 32: "EXEC"}
 _PAGE = 4096
 _UINT_MAX = 2**32 - 1
+#: pages of the largest file whose array of folio pointers kvmalloc() gives (mm/slub.c: INT_MAX bytes)
+_MOST_PAGES = (2**31 - 1) // 8
+# include/uapi/linux/magic.h
+_TMPFS, _HUGETLBFS = 0x01021994, 0x958458F6
+#: in the order of the kernel's checks: the first is its answer
+_ERRNOS = ("EEXIST", "EBADF", "ENOENT", "EBUSY", "EOPNOTSUPP", "EFBIG", "ENOMEM")
 #: struct luo_session_ser records in a block: a duplicate name at a multiple of it breaks the next boot
 SESSIONS_PER_BLOCK = 51
 _SESSION_LINK = re.compile(r"anon_inode:\[luo_session\] (.*)", re.DOTALL)
@@ -51,8 +61,9 @@ class Problem:
 class FileFacts:
     """What one descriptor is.
 
-    :param link: what /proc/PID/fd/N leads to. :param kind: memfd, hugetlb, shmem, file, iommufd, vfio,
-        session, or what the link says ("pipe", "socket", "eventfd").
+    :param link: what /proc/PID/fd/N leads to. :param kind: memfd, hugetlb, shmem (a file of a tmpfs that has
+        no name), file, iommufd, vfio, session, path (opened with O_PATH), or what the link says ("pipe",
+        "socket", "eventfd").
     :param inode: (st_dev, st_ino). :param size: bytes. :param allocated: bytes that have pages.
     :param seals: F_SEAL_*, or None: it has none, or they cannot be read.
     """
@@ -120,7 +131,11 @@ class Processes(Protocol):
         ...
 
     def session_names(self) -> list[str]:
-        """Names of the live-update sessions that are open on this host, as far as they can be seen."""
+        """Names of the sessions for the next kexec that are open on this host, as far as they can be seen."""
+        ...
+
+    def available(self) -> int | None:
+        """Bytes of memory that can be pinned, about; None: it is not known."""
         ...
 
 
@@ -132,6 +147,7 @@ class ProcFs:
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._proc = root / "proc"
+        self._live = root == Path("/")
 
     def _directory(self, pid: int, what: str) -> Path:
         return self._proc / str(pid) / what
@@ -163,12 +179,22 @@ class ProcFs:
             ) from error
         try:
             stat = path.stat()
-            block = os.statvfs(path).f_bsize
         except OSError:
             return FileFacts(link, kind_of(link), (0, 0))
-        kind = kind_of(link, nlink=stat.st_nlink, block=block)
+        kind = kind_of(link, nlink=stat.st_nlink, filesystem=_filesystem(path))
+        if self._flags(pid, fd) & os.O_PATH:
+            kind = "path"
         seals = self._seals(path) if kind in ("memfd", "hugetlb", "shmem") else None
         return FileFacts(link, kind, (stat.st_dev, stat.st_ino), stat.st_size, stat.st_blocks * 512, seals)
+
+    def _flags(self, pid: int, fd: int) -> int:
+        """Flags of open(2), of another process's descriptor."""
+        try:
+            text = (self._directory(pid, "fdinfo") / str(fd)).read_text()
+        except OSError:
+            return 0
+        found = re.search(r"^flags:\s*([0-7]+)$", text, re.MULTILINE)
+        return int(found[1], 8) if found else 0
 
     @staticmethod
     def _seals(path: Path) -> int | None:
@@ -201,16 +227,77 @@ class ProcFs:
         """See :class:`Processes`."""
         names: set[str] = set()
         for directory in self._proc.glob("[0-9]*/fd"):
-            try:
-                links = [os.readlink(each) for each in directory.iterdir()]  # noqa: PTH115
-            except OSError:
-                continue
-            names |= {found[1] for link in links if (found := _SESSION_LINK.fullmatch(link))}
+            with contextlib.suppress(OSError):  # it may not be looked at, or has ended
+                for each in directory.iterdir():
+                    name = self._session_name(each)
+                    if name is not None:
+                        names.add(name)
         return sorted(names)
 
+    def _session_name(self, path: Path) -> str | None:
+        """The name of a session for the next kexec; None: the descriptor is none, or was closed just now."""
+        try:
+            found = _SESSION_LINK.fullmatch(os.readlink(path))  # noqa: PTH115
+        except OSError:
+            return None
+        if found is None or (self._live and is_incoming(int(path.parts[-3]), int(path.name))):
+            return None
+        return found[1]
 
-def kind_of(link: str, *, nlink: int = 0, block: int = _PAGE) -> str:
-    """What a descriptor is, by the text of its link, the number of its names and its block size."""
+    def available(self) -> int | None:
+        """See :class:`Processes`. Without what lies in CMA (KHO's scratch areas): no page is pinned there."""
+        try:
+            text = (self._proc / "meminfo").read_text()
+        except OSError:
+            return None
+        found = {
+            key: int(value) << 10 for key, value in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)
+        }
+        if "MemAvailable" not in found:
+            return None
+        return max(0, found["MemAvailable"] - found.get("CmaFree", 0))
+
+
+class _Longer(ctypes.Structure):
+    """LIVEUPDATE_SESSION_RETRIEVE_FD of a program that is newer than any kernel."""
+
+    head: luo.liveupdate_session_retrieve_fd
+    tail: int
+    _fields_ = [("head", luo.liveupdate_session_retrieve_fd), ("tail", ctypes.c_uint64)]
+
+
+def is_incoming(pid: int, fd: int) -> bool:
+    """Whether a session came over the last kexec: those have names of their own (luo_session.c: two lists).
+
+    Asked by a call that every session refuses: one for the next kexec says first that it is one (EINVAL), one
+    from the last that it does not know so long a structure (E2BIG). False where it cannot be asked.
+    """
+    kernel = KernelTransport()
+    try:
+        mine = kernel.getfd(pid, fd)
+    except OSError:
+        return False
+    ask = _Longer(luo.liveupdate_session_retrieve_fd(size=ctypes.sizeof(_Longer)), 1)
+    try:
+        kernel.ioctl(mine, luo.LIVEUPDATE_SESSION_RETRIEVE_FD, ask)
+    except OSError as refused:
+        return refused.errno == errno.E2BIG
+    finally:
+        kernel.close(mine)
+    return False
+
+
+def _filesystem(path: Path) -> int | None:
+    """f_type of statfs(2), the first member of the structure; None where it cannot be asked."""
+    libc = ctypes.CDLL(None)
+    room = (ctypes.c_long * 64)()  # 120 bytes on 64-bit machines
+    if libc.statfs(os.fsencode(path), ctypes.byref(room)):
+        return None
+    return int(room[0])
+
+
+def kind_of(link: str, *, nlink: int = 0, filesystem: int | None = None) -> str:
+    """What a descriptor is, by the text of its link, the number of its names and its file system's type."""
     if _SESSION_LINK.fullmatch(link):
         return "session"
     if link == "/dev/iommu":
@@ -218,16 +305,15 @@ def kind_of(link: str, *, nlink: int = 0, block: int = _PAGE) -> str:
     if link.startswith("/dev/vfio/devices/"):
         return "vfio"
     if link.startswith("/memfd:"):
-        return "memfd" if block <= _PAGE else "hugetlb"
+        return "hugetlb" if filesystem == _HUGETLBFS else "memfd"
     found = re.fullmatch(r"anon_inode:\[?([\w-]+)\]?.*", link)
     if found:
         return found[1]
     found = re.fullmatch(r"(\w+):\[\d+\]", link)
     if found:
         return found[1]
-    if link.endswith(" (deleted)") and not nlink and link.startswith(("/dev/shm/", "/run/")):
-        return "shmem"
-    return "file"
+    # mm/memfd_luo.c memfd_luo_can_preserve(): any file of a tmpfs that has no name
+    return "shmem" if filesystem == _TMPFS and not nlink else "file"
 
 
 def seal_names(seals: int) -> str:
@@ -241,6 +327,14 @@ def _memory(facts: FileFacts) -> Iterable[Problem]:
     if facts.size > _UINT_MAX * _PAGE:
         yield Problem(REFUSED, "EFBIG", f"{facts.size >> 40} TiB are more pages than the record can count",
                       "split it over several memfds")  # fmt: skip
+    elif facts.size > _MOST_PAGES * _PAGE:
+        yield Problem(
+            REFUSED,
+            "ENOMEM",
+            f"a file of {facts.size >> 30} GiB: Linux 7.3 cannot list the pages of a file of 1 TiB or more, "
+            "and the attempt logs a warning (a panic where panic_on_warn is set)",
+            "split it over several memfds, each smaller than 1 TiB",
+        )
     if facts.allocated < facts.size:
         hole = (facts.size - facts.allocated) >> 20
         yield Problem(WARNING, "", f"{hole} MiB of it are holes, and preserve fills them with pages",
@@ -269,6 +363,10 @@ def _memory(facts: FileFacts) -> Iterable[Problem]:
         )
 
 
+#: what no released kernel preserves, in words
+_ARTICLES = {"iommufd": "an iommufd", "vfio": "a VFIO device"}
+
+
 def _kind(facts: FileFacts, preserves_iommufd: bool) -> Iterable[Problem]:
     kind = facts.kind
     if kind in ("memfd", "shmem"):
@@ -280,22 +378,23 @@ def _kind(facts: FileFacts, preserves_iommufd: bool) -> Iterable[Problem]:
             "a hugetlb memfd: no kernel preserves those yet",
             "a plain memfd; transparent huge pages give it large folios (shmem_enabled=advise, madvise)",
         )
-    elif kind in ("iommufd", "vfio"):
+    elif kind in _ARTICLES:
         if not preserves_iommufd:
-            what = "an iommufd" if kind == "iommufd" else "a VFIO device"
             yield Problem(
                 REFUSED,
                 "ENOENT",
-                f"{what}: this kernel has no handler for it",
+                f"{_ARTICLES[kind]}: this kernel has no handler for it",
                 "leave it out: stop the device, close it, and map the areas again after the kexec",
             )
+    elif kind == "path":
+        yield Problem(REFUSED, "EBADF", "it was opened with O_PATH", "a descriptor for reading or writing")
     elif kind == "session":
         yield Problem(REFUSED, "ENOENT", "a live-update session is not a file to preserve", "leave it out")
     else:
         yield Problem(
             REFUSED,
             "ENOENT",
-            f"a {kind}: only memfds (and deleted tmpfs files) can be preserved",
+            f"a {kind}: only memfds can be preserved, and files of a tmpfs that have no name",
             "hand it to the next process in another way, or write its content to a memfd",
         )
 
@@ -315,7 +414,7 @@ def _order(files: Sequence[FileVerdict]) -> None:
                 Problem(
                     REFUSED,
                     "EINVAL",
-                    f"it comes before a {later[0]}, which it may need",
+                    f"it comes before {_ARTICLES.get(later[0], f'a {later[0]}')}, which it may need",
                     "preserve memfds first, then the iommufd, then devices",
                 )
             )
@@ -350,9 +449,28 @@ def _twice(files: Sequence[FileVerdict]) -> None:
                 )
 
 
+def _rank(problem: Problem) -> int:
+    """What the kernel would say first comes first; warnings come last."""
+    return _ERRNOS.index(problem.errno) if problem.errno in _ERRNOS else len(_ERRNOS)
+
+
+def _holes(files: Sequence[FileVerdict], available: int | None) -> Iterable[Problem]:
+    """mm/memfd_luo.c memfd_luo_preserve_folios() has a page made for every hole, and pins it."""
+    facts = [file.facts for file in files if file.facts and file.facts.kind in ("memfd", "shmem")]
+    missing = sum({each.inode: max(0, each.size - each.allocated) for each in facts}.values())
+    if available is not None and missing > available:
+        yield Problem(
+            REFUSED,
+            "ENOMEM",
+            f"{missing >> 20} MiB of these files are holes, which preserve fills, and {available >> 20} MiB "
+            "of memory are free for it: out of memory, or a process is killed to make room, this one first",
+            "punch nothing out of guest RAM before the update, or free memory",
+        )
+
+
 def check_name(name: str, sessions: Sequence[str]) -> list[Problem]:
     """Whether a session could be created under this name. :param sessions: names of those that are open."""
-    raw = name.encode()
+    raw = os.fsencode(name)
     if not raw or len(raw) >= luo.LIVEUPDATE_SESSION_NAME_LENGTH or b"\0" in raw:
         return [Problem(REFUSED, "EINVAL", "a session name has 1 to 63 bytes, and no NUL", "choose another")]
     if name not in sessions:
@@ -411,6 +529,8 @@ def preflight(
     _twice(files)
     if preserves_iommufd:
         _order(files)
+    for file in files:
+        file.problems.sort(key=_rank)
     problems = []
     if not files:
         problems.append(Problem(WARNING, "", "nothing to preserve was found", "name descriptors with --fd"))
@@ -427,6 +547,7 @@ def preflight(
                     "add them with --fd",
                 )
             )
+    problems += _holes(files, processes.available())
     if name is not None:
         problems += check_name(name, processes.session_names())
     return Verdict(files, problems, name)

@@ -397,10 +397,13 @@ MEANINGS: Mapping[str, Mapping[str, _Text]] = MappingProxyType(
             "EFAULT": _ADOPT["EFAULT"],
         },
         "reboot_kexec": {
+            # kernel/kexec_core.c kernel_kexec(), kernel/pid_namespace.c reboot_pid_ns()
             "EINVAL": (
-                "no kernel is loaded, or a preserved file refused to freeze",
-                "load one; see the kernel log",
+                "no kernel is loaded, a preserved file refused to freeze, or this process is in a PID "
+                "namespace of its own (a container), which cannot kexec",
+                "load one (kexec -s -l, iokeep.uapi.kexec.load); see the kernel log",
             ),
+            "EBUSY": ("another kexec_load is at work, or a session changes right now", "try again"),
             "EPERM": ("CAP_SYS_BOOT is missing", "run as root"),
         },
     }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""kexec_file_load(2): load the next kernel. The jump itself is ``KernelTransport.reboot_kexec``."""
+"""kexec_file_load(2) and reboot(2): load the next kernel, and jump into it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import platform
 from pathlib import Path
 
 from iokeep.errors import CapabilityError, InputError, KernelRefused
+from iokeep.uapi.errnos import IoctlRefused
+from iokeep.uapi.transport import Transport
 
 # arch/x86/entry/syscalls/syscall_64.tbl; include/uapi/asm-generic/unistd.h
 _NUMBERS = {"x86_64": 320, "aarch64": 294, "riscv64": 294}
@@ -74,3 +76,16 @@ def load(kernel: Path, cmdline: str, initrd: Path | None = None) -> None:
 def unload() -> None:
     """Unload what was loaded. :raises KernelRefused: with what the errno means here."""
     _call(-1, -1, b"\0", KEXEC_FILE_UNLOAD)
+
+
+def jump(transport: Transport) -> None:
+    """Jump into the loaded kernel now, with no shutdown of user space; no return on the real kernel.
+
+    :raises IoctlRefused: with what the errno means here; sessions and their files are as before.
+    """
+    try:
+        transport.reboot_kexec()
+    except ConnectionError:
+        raise
+    except OSError as error:
+        raise IoctlRefused("reboot_kexec", error.errno or errno.EIO, {}) from error

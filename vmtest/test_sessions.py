@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sessions on the real kernel: what preflight says and the kernel then does, and what comes over a kexec."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from typing import Any
+
+import pytest
+
+from vmtest import vm
+from vmtest.guest_programs import Boot, counts, in_turn, notes, pytest_of
+
+#: the cases, which the software host has too (tests/conformance/test_kexec.py)
+KEXEC = "tests/conformance/conf_kexec.py"
+WANTED: dict[str, str] = runpy.run_path(str(vm.ROOT / KEXEC))["REAL"]
+MODE = "vtd-legacy"
+
+
+@Boot
+def run(mode: str) -> tuple[dict[str, int], list[list[Any]]]:
+    """guest/test_preflight.py, then sessions over a kexec, in one boot."""
+    tests = pytest_of("--confcutdir=vmtest/guest", "vmtest/guest/test_preflight.py")
+    program = in_turn(
+        f"(grep -q iokeep.stage=2 /proc/cmdline || {tests})",
+        f'{sys.executable} {KEXEC} "$IOKEEP_VM_KERNEL/bzImage"',
+    )
+    with vm.boot(vm.machines()[mode], program, name="sessions", seconds=300) as guest:
+        guest.check()
+    rows = [json.loads(line.removeprefix("row ")) for line in notes(guest.directory, "row ")]
+    return counts(guest.directory), rows
+
+
+@pytest.mark.parametrize("mode", [run.case(MODE)])
+def test_preflight_says_what_the_kernel_does(mode: str) -> None:
+    ran, _ = run(mode)
+    assert ran["tests"] >= 40
+    assert ran["failures"] == ran["errors"] == ran["skipped"] == 0
+
+
+@pytest.mark.parametrize("case", [run.case(MODE, each) for each in WANTED])
+def test_the_other_side_of_a_kexec(case: str) -> None:
+    found = [answer for name, answer in run(MODE)[1] if name == case]
+    assert found == [WANTED[case]]
+
+
+@pytest.mark.parametrize("mode", [run.case(MODE)])
+def test_every_row_is_wanted(mode: str) -> None:
+    assert {name for name, _ in run(mode)[1]} == set(WANTED)
