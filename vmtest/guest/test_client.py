@@ -6,13 +6,20 @@ guest.
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from iokeep.errors import CapabilityError
-from iokeep.iommufd.client import READ, Ioas, Iommufd, IommufdError
+from iokeep.inspect.doctor import examine
+from iokeep.iommufd.client import READ, Ioas, Iommufd, IommufdError, VfioDevice
+from iokeep.iommufd.pci import bound_to_vfio, cdev_of, pci_function, reserved_regions, set_driver
+from iokeep.iommufd.viommu import FaultQueue, Viommu, invalidate
 from iokeep.luo.client import LiveUpdate, LuoError
 from iokeep.uapi import iommufd as uapi
 from iokeep.uapi.kernel import KernelTransport
@@ -159,6 +166,115 @@ def test_what_is_closed_is_closed_once(iommufd: Iommufd) -> None:
     iommufd.close()
     with pytest.raises(CapabilityError):
         KERNEL.open("/dev/vfio/devices/vfio99")
+
+
+def test_a_device_that_is_not_bound(edu: Edu) -> None:
+    """The other edu: every call but bind says that it is not bound."""
+    node = cdev_of(ADDRESSES[1])
+    assert node is not None
+    with VfioDevice(KERNEL, node) as device, Iommufd(KERNEL) as other:
+        for call in (device.info, device.reset, device.detach, lambda: device.attach(1)):
+            refused("EINVAL", call)
+        with Iommufd(KERNEL, os.open("/dev/null", os.O_RDWR)) as wrong:
+            refused("EBADFD", device.bind, wrong)
+        other.close()
+        refused("EINVAL", device.bind, other)
+
+
+def test_pasids(edu: Edu, ioas: Ioas) -> None:
+    """The kernel looks at the HWPT first, then at the device."""
+    refused("EINVAL", edu.file.attach, ioas.id, 1)
+    edu.file.detach(1)
+    if AMD:
+        return  # its driver makes no HWPT for PASIDs of this device
+    edu.file.detach()
+    hwpt = ioas.iommufd.hwpt_alloc(edu.file.dev_id or 0, ioas.id, uapi.IOMMU_HWPT_ALLOC_PASID)
+    edu.file.attach(hwpt)
+    # a device that can make no request with a PASID may be attached under one (drivers/iommu/iommu.c)
+    assert edu.file.attach(hwpt, 1) == hwpt
+    refused("EBUSY", ioas.iommufd.destroy, hwpt)
+    edu.file.detach(1)
+    refused("ENOSPC", edu.file.attach, hwpt, 1 << 31)
+    with pytest.raises(ValueError, match="PASID"):
+        edu.file.attach(hwpt, 1 << 32)
+
+
+def test_the_other_calls(iommufd: Iommufd, edu: Edu, ioas: Ioas, ram: int) -> None:
+    """All of the uAPI that the tests above leave out, by the client, on hardware that offers little of it."""
+    assert edu.file.dev_id is not None
+    refused("EBUSY", iommufd.charge_by_process, True)
+    with Iommufd(KERNEL) as fresh:
+        assert fresh.charge_by_process() is False
+        assert fresh.charge_by_process(True) is True
+        refused("ENODEV", fresh.compat_ioas)
+        compat = fresh.ioas_alloc()
+        assert fresh.compat_ioas(compat.id) == fresh.compat_ioas() == compat.id
+        assert fresh.compat_ioas(clear=True) == 0
+        assert compat.huge_pages() is True
+        assert compat.huge_pages(False) is False
+        compat.allow_iovas([(0, 0xFFFFFFFF)])
+        assert compat.map_file(ram, 0, PAGE) <= 0xFFFFFFFF
+        fresh.change_process()
+    iova = ioas.map_file(ram, 0, PAGE)
+    hwpt = iommufd.hwpt_alloc(edu.file.dev_id, ioas.id)
+    refused("EOPNOTSUPP", iommufd.set_dirty_tracking, hwpt, True)
+    refused("EOPNOTSUPP", iommufd.dirty_bitmap, hwpt, iova, PAGE)
+    refused("EOPNOTSUPP", iommufd.noiommu_pa, ioas.id, iova, PAGE)
+    refused("EOPNOTSUPP", iommufd.hwpt_alloc, edu.file.dev_id, ioas.id, uapi.IOMMU_HWPT_ALLOC_DIRTY_TRACKING)
+    refused("EINVAL", invalidate, iommufd, hwpt, uapi.IOMMU_HWPT_INVALIDATE_DATA_VTD_S1, [])
+    # AMD's driver has vIOMMUs and looks at the HWPT first; Intel's has none
+    no = "EINVAL" if AMD else "EOPNOTSUPP"
+    refused(no, Viommu, iommufd, edu.file.dev_id, hwpt, uapi.IOMMU_VIOMMU_TYPE_ARM_SMMUV3)
+    with FaultQueue(iommufd) as queue:
+        assert queue.id
+    iommufd.destroy(queue.id)
+
+
+def test_a_device_is_given_to_vfio_and_back() -> None:
+    address = ADDRESSES[1]
+    set_driver(address, None)
+    assert pci_function(address).driver is None
+    with bound_to_vfio(address) as cdev:
+        assert pci_function(address).driver == "vfio-pci"
+        assert pci_function(address).cdev == cdev
+        with pytest.raises(CapabilityError, match="no PCI driver"):
+            set_driver(address, "nonesuch")
+    assert pci_function(address).driver is None
+    assert cdev_of(address) is None
+    assert (0xFEE00000, 0xFEEFFFFF, "msi") in reserved_regions(address)
+    with pytest.raises(CapabilityError, match="no PCI device"), bound_to_vfio("0000:00:1f.7"):
+        pass
+    set_driver(address, "vfio-pci")
+
+
+def test_the_example_of_the_documentation() -> None:
+    """docs/real-host.md, section 2, as printed, with this machine's device."""
+    text = Path("docs/real-host.md").read_text()
+    code = re.search(r"^## 2\..*?```python\n(.*?)```", text, re.MULTILINE | re.DOTALL)
+    assert code is not None
+    assert "0000:01:00.0" in code[1]
+    set_driver(ADDRESSES[1], None)
+    found: dict[str, object] = {}
+    exec(code[1].replace("0000:01:00.0", ADDRESSES[1]), found)
+    assert isinstance(found["hwpt"], int)
+    set_driver(ADDRESSES[1], "vfio-pci")
+
+
+def test_doctor_finds_nothing_missing() -> None:
+    report = examine(transport=KERNEL)
+    assert report.missing == []
+    assert report.abilities == {
+        "rehearse": True,
+        "map": True,
+        "carry_memory": True,
+        "keep_translations": False,
+    }
+    states = {check.name: check.state for check in report.checks}
+    assert (states["IOMMU"], states["KHO"], states["translations"]) == ("ok", "ok", "absent")
+    command = [sys.executable, "-m", "iokeep", "host", "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    print(done.stdout)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_sessions() -> None:

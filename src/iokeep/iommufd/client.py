@@ -231,6 +231,12 @@ def _u64(value: int, what: str) -> int:
     return value
 
 
+def _pasid(value: int | None) -> None:
+    """ctypes would cut it; how many bits a device has is the kernel's to say."""
+    if value is not None and not 0 <= value < 1 << 32:
+        raise ValueError(f"PASID {value:#x} is not in [0, 2^32 - 1]")
+
+
 def _at(iova: int | None) -> str:
     return "any" if iova is None else f"{iova:#x}"
 
@@ -768,9 +774,11 @@ class VfioDevice(FdOwner):
     def attach(self, pt_id: int, pasid: int | None = None) -> int:
         """Attach to an HWPT, or to an IOAS (the kernel then finds or makes an HWPT); replaces the one before.
 
-        :param pasid: only what the device does under this PASID.
+        :param pasid: only what the device does under this PASID; the HWPT, and the one that is attached
+            without a PASID, must have been made with IOMMU_HWPT_ALLOC_PASID.
         :returns: the id of the HWPT.
         """
+        _pasid(pasid)
         struct = vfio.vfio_device_attach_iommufd_pt
         arg = struct(
             argsz=end_of(struct, "pt_id" if pasid is None else "pasid"),
@@ -784,7 +792,8 @@ class VfioDevice(FdOwner):
         return int(arg.pt_id)
 
     def detach(self, pasid: int | None = None) -> None:
-        """Detach: the device's DMA (under a PASID) faults from here on."""
+        """Detach: the device's DMA (under a PASID) faults from here on; nothing where it is not attached."""
+        _pasid(pasid)
         struct = vfio.vfio_device_detach_iommufd_pt
         arg = struct(
             argsz=end_of(struct, "flags" if pasid is None else "pasid"),

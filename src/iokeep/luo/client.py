@@ -3,7 +3,8 @@
 
 Before a kexec: create a session, preserve files in it (memfds, then the iommufd, then devices), keep it
 open. After it: retrieve the session once, retrieve its files, finish. Closing a session before the kexec
-drops it; closing one that came over is an implicit finish.
+drops it; closing one that came over is an implicit finish. A client that dies closes: where its memory must
+outlive it, on either side of the kexec, another process holds a duplicate of the session's descriptor.
 """
 
 from __future__ import annotations
@@ -53,7 +54,10 @@ class LiveUpdate(FdOwner):
         return Session(self.transport, arg.fd)
 
     def retrieve(self, name: str) -> Session:
-        """A session that came over the kexec; each can be retrieved once per boot."""
+        """A session that came over the kexec; each can be retrieved once per boot.
+
+        Its name is free for :meth:`create` all the same: the kernel has a list for each direction.
+        """
         arg = uapi.liveupdate_ioctl_retrieve_session(
             size=ctypes.sizeof(uapi.liveupdate_ioctl_retrieve_session), fd=-1, name=_name(name)
         )
@@ -96,7 +100,12 @@ class Session(FdOwner):
         return int(arg.fd)
 
     def finish(self) -> None:
-        """All is reclaimed: end the session. EBUSY while something is not, and then nothing is done."""
+        """All is reclaimed: end the session; descriptors of its files stay.
+
+        EBUSY while a prior domain or a device is not reclaimed, and then nothing is done. A memfd is no such
+        thing: one that was not retrieved by now is dropped, with its content (mm/memfd_luo.c,
+        memfd_luo_finish()).
+        """
         arg = uapi.liveupdate_session_finish(size=ctypes.sizeof(uapi.liveupdate_session_finish))
         self._ioctl("LIVEUPDATE_SESSION_FINISH", uapi.LIVEUPDATE_SESSION_FINISH, arg)
 

@@ -104,17 +104,29 @@ _NO_DIRTY: _Text = (
 _RESERVED: _Text = ("a reserved field is not 0", "leave it 0")
 _RANGES_FAULT: _Text = ("the array of ranges is not in this process's memory", "check its address")
 
-_SESSION_BY_NAME: dict[str, _Text] = {
+_NO_DESCRIPTOR: _Text = ("this process has no descriptor left", "raise RLIMIT_NOFILE (ulimit -n)")
+
+# kernel/liveupdate/luo_session.c luo_session_create(), luo_session_retrieve(); kho_block.c
+_CREATE_SESSION: dict[str, _Text] = {
+    "EINVAL": ("the name is empty or longer than 63 bytes", "choose another name"),
+    "EEXIST": (
+        "a session of that name is open for the next kexec",
+        "choose another name, or close every descriptor of the other session",
+    ),
+    "ENOSPC": ("there are 510000 sessions", "close sessions that are not needed"),
+    "ENOMEM": ("no memory for another session", "close sessions that are not needed"),
+    "EMFILE": _NO_DESCRIPTOR,
+}
+_RETRIEVE_SESSION: dict[str, _Text] = {
     "EINVAL": (
-        "the name is empty or longer than 63 bytes, or the session was retrieved already",
-        "a session can be retrieved once per boot: keep its descriptor",
+        "the session was retrieved already in this boot",
+        "keep its descriptor, or have who retrieved it pass it on",
     ),
     "ENOENT": (
-        "no session of that name came over the kexec",
-        "check the name; iokeep handover show lists them",
+        "no session of that name came over the kexec, or it was retrieved and closed: the last close ends it",
+        "check the name (iokeep handover show lists them); its files are lost if it was closed",
     ),
-    "EEXIST": ("a session of that name exists", "choose another name, or close the other session"),
-    "ENOMEM": ("no memory for another session", "close sessions that are not needed"),
+    "EMFILE": _NO_DESCRIPTOR,
 }
 
 MEANINGS: Mapping[str, Mapping[str, _Text]] = MappingProxyType(
@@ -302,10 +314,13 @@ MEANINGS: Mapping[str, Mapping[str, _Text]] = MappingProxyType(
             "EFAULT": ("user memory of the IOAS cannot be pinned", "map files with MAP_FILE"),
             "ENOMEM": _MAP["ENOMEM"],
             "EOPNOTSUPP": ("the device or its driver has no PASIDs", "attach without a PASID"),
+            # drivers/iommu/iommufd/device.c iommufd_hwpt_pasid_compat()
             "EINVAL": (
-                "the device is not bound, or the HWPT cannot serve it (another IOMMU, other widths)",
-                "bind first; use an HWPT made for this device",
+                "the device is not bound, or the HWPT cannot serve it (another IOMMU, other widths; for a "
+                "PASID, an HWPT made without IOMMU_HWPT_ALLOC_PASID, or one such attached without a PASID)",
+                "bind first; use an HWPT made for this device, for PASIDs with IOMMU_HWPT_ALLOC_PASID",
             ),
+            "ENOSPC": ("the PASID has more than 31 bits", "choose another; hw_info() says their width"),
             "ENOENT": ("there is no such IOAS or HWPT in this iommufd", "check pt_id"),
             "EBUSY": (
                 "the device is attached in another way, or preserved in a live-update session",
@@ -332,20 +347,26 @@ MEANINGS: Mapping[str, Mapping[str, _Text]] = MappingProxyType(
         },
         "VFIO_DEVICE_GET_REGION_INFO": {"EINVAL": ("the device is not bound, or has no such region", "")},
         "VFIO_DEVICE_GET_INFO": {"EINVAL": ("the device is not bound to an iommufd", "bind it first")},
-        "LIVEUPDATE_IOCTL_CREATE_SESSION": _SESSION_BY_NAME,
-        "LIVEUPDATE_IOCTL_RETRIEVE_SESSION": _SESSION_BY_NAME,
+        "LIVEUPDATE_IOCTL_CREATE_SESSION": _CREATE_SESSION,
+        "LIVEUPDATE_IOCTL_RETRIEVE_SESSION": _RETRIEVE_SESSION,
         "LIVEUPDATE_SESSION_PRESERVE_FD": {
             "EEXIST": ("the token is used in this session", "choose another token"),
             "EBADF": ("the file descriptor is not open", "keep the file open until it is preserved"),
             "ENOENT": (
-                "this kernel cannot preserve a file of that kind (Linux 7.3: memfds on tmpfs only), or "
-                "an iommufd maps a "
-                "file that is not preserved in this session",
-                "preserve in this order: memfds, iommufd, devices",
+                "this kernel cannot preserve a file of that kind (Linux 7.3: memfds, and files of a tmpfs "
+                "that have no name; not hugetlb, iommufd, VFIO), or an iommufd maps a file that is not "
+                "preserved in this session",
+                "leave out what iokeep host preflight names; preserve memfds, iommufd, devices in this order",
             ),
             "EBUSY": (
-                "this file, or the same memfd, is preserved already",
-                "one file is preserved once, in one session",
+                "this file, or the same memfd by another descriptor, is preserved already, or it came over "
+                "the last kexec and that session is not finished",
+                "one file is preserved once, in one session; finish the session that it came with first",
+            ),
+            "ENOMEM": (
+                "no memory to pin the file's pages and fill its holes, or the file has 1 TiB or more, which "
+                "Linux 7.3 cannot list",
+                "free memory; split the file over memfds that are smaller than 1 TiB",
             ),
             "EINVAL": (
                 "the session came over the kexec and takes nothing new, or the file is not ready: an "
@@ -368,6 +389,18 @@ MEANINGS: Mapping[str, Mapping[str, _Text]] = MappingProxyType(
                 "the session was made in this boot: its files are still yours",
                 "retrieve after the kexec",
             ),
+            # mm/memfd_luo.c memfd_luo_retrieve(): what it has taken apart by then is gone
+            "EIO": (
+                "a page of the file cannot be restored; the answer stays the same for this boot, and the "
+                "file's content is lost",
+                "see the kernel log",
+            ),
+            "ENOMEM": (
+                "no memory for the file (a cgroup's limit too); the answer stays the same for this boot, and "
+                "the file's content is lost",
+                "retrieve in a cgroup that has room for guest RAM",
+            ),
+            "EMFILE": _NO_DESCRIPTOR,
             "EOPNOTSUPP": (
                 "this kernel cannot bring back a file of that kind; the answer stays the same for this boot",
                 "",
@@ -376,11 +409,12 @@ MEANINGS: Mapping[str, Mapping[str, _Text]] = MappingProxyType(
         "LIVEUPDATE_SESSION_FINISH": {
             "EBUSY": (
                 "something is not reclaimed: a prior domain that is not adopted, or a device that is "
-                "not bound",
+                "not bound (never for memfds: what was not retrieved is dropped)",
                 "adopt or rebuild every HWPT and bind every device, or give them up first",
             ),
             "EINVAL": ("the session was made in this boot, or reserved is not 0", "finish after the kexec"),
         },
+        "LIVEUPDATE_SESSION_GET_NAME": {"EINVAL": _RESERVED},
         "IOMMU_HWPT_LIVEUPDATE_MARK_PRESERVE": {
             "EADDRINUSE": ("another HWPT of this iommufd has the token", "choose another token"),
             "ENOENT": ("there is no such HWPT in this iommufd", "check the id"),
@@ -414,7 +448,8 @@ _COMMON: dict[str, _Text] = {
     "EINVAL": ("an argument breaks a rule of this call", "check sizes, alignment and reserved fields"),
     "ENOTTY": ("this kernel does not have this call", "iokeep host doctor says what the kernel offers"),
     "EFAULT": ("a pointer does not lead to this process's memory", ""),
-    "EBADF": ("the file descriptor is not open", ""),
+    "EBADF": ("the file descriptor is not open", "open it again, or keep it open as long as it is used"),
+    "EMFILE": _NO_DESCRIPTOR,
     "ENOENT": ("there is no such object", "check the id"),
     "ENOMEM": ("the kernel is out of memory", ""),
     "EPERM": ("a permission is missing", ""),
