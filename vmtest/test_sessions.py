@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from vmtest import vm
-from vmtest.guest_programs import Boot, counts, in_turn, notes, pytest_of
+from vmtest.guest_programs import Boot, counts, in_turn, module, notes, pytest_of
 
 #: the cases, which the software host has too (tests/conformance/test_kexec.py)
 KEXEC = "tests/conformance/conf_kexec.py"
@@ -20,22 +20,23 @@ MODE = "vtd-legacy"
 
 
 @Boot
-def run(mode: str) -> tuple[dict[str, int], list[list[Any]]]:
-    """guest/test_preflight.py, then sessions over a kexec, in one boot."""
+def run(mode: str) -> tuple[dict[str, int], list[list[Any]], str]:
+    """guest/test_preflight.py, then sessions over a kexec, then the documentation's over another."""
     tests = pytest_of("--confcutdir=vmtest/guest", "vmtest/guest/test_preflight.py")
     program = in_turn(
-        f"(grep -q iokeep.stage=2 /proc/cmdline || {tests})",
-        f'{sys.executable} {KEXEC} "$IOKEEP_VM_KERNEL/bzImage"',
+        f"(grep -q iokeep.stage= /proc/cmdline || {tests})",
+        f'(grep -q iokeep.stage=3 /proc/cmdline || {sys.executable} {KEXEC} "$IOKEEP_VM_KERNEL/bzImage")',
+        module("documented"),
     )
     with vm.boot(vm.machines()[mode], program, name="sessions", seconds=300) as guest:
         guest.check()
     rows = [json.loads(line.removeprefix("row ")) for line in notes(guest.directory, "row ")]
-    return counts(guest.directory), rows
+    return counts(guest.directory), rows, (guest.directory / "output.log").read_text()
 
 
 @pytest.mark.parametrize("mode", [run.case(MODE)])
 def test_preflight_says_what_the_kernel_does(mode: str) -> None:
-    ran, _ = run(mode)
+    ran = run(mode)[0]
     assert ran["tests"] >= 40
     assert ran["failures"] == ran["errors"] == ran["skipped"] == 0
 
@@ -49,3 +50,9 @@ def test_the_other_side_of_a_kexec(case: str) -> None:
 @pytest.mark.parametrize("mode", [run.case(MODE)])
 def test_every_row_is_wanted(mode: str) -> None:
     assert {name for name, _ in run(mode)[1]} == set(WANTED)
+
+
+@pytest.mark.parametrize("mode", [run.case(MODE)])
+def test_the_examples_of_the_documentation(mode: str) -> None:
+    """A second live update, of the kernel that the first one booted."""
+    assert run(mode)[2].endswith("\na guest's memory\n")

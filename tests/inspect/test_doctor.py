@@ -139,14 +139,41 @@ def test_a_damaged_configuration(tree):
 
 
 @pytest.mark.parametrize(
-    ("value", "state"), [("on", OK), ("1", OK), ("y", OK), ("off", MISSING), ("0", MISSING)]
+    ("value", "state"),
+    [(v, UNKNOWN) for v in ("kho=on", "kho=1", "kho=Yes", "kho=true", "kho=enable", "kho=off kho=on")]
+    + [
+        (v, MISSING) for v in ("kho=off", "kho=0", "kho", "kho=", "kho=of", "kho=maybe", "kho=on kho=off", "")
+    ],
 )
 def test_kho_on_the_command_line(tree, value, state):
     tree.whole()
+    for gone in ("sys/kernel/debug/kho/out/fdt", "dev/liveupdate"):
+        (tree.root / gone).unlink()
+    tree.put("proc/cmdline", f"{value}\n")
+    assert tree.checks()["KHO"].state == state
+
+
+@pytest.mark.parametrize(
+    ("value", "state"), [("quiet", UNKNOWN), ("kho=maybe", UNKNOWN), ("kho=off", MISSING)]
+)
+def test_kho_that_is_on_by_itself(tree, value, state):
+    tree.whole().config(*EVERYTHING, "KEXEC_HANDOVER_ENABLE_DEFAULT")
+    for gone in ("sys/kernel/debug/kho/out/fdt", "dev/liveupdate"):
+        (tree.root / gone).unlink()
+    tree.put("proc/cmdline", f"{value}\n")
+    assert tree.checks()["KHO"].state == state
+
+
+def test_luo_means_kho(tree):
+    tree.whole()
     (tree.root / "sys/kernel/debug/kho/out/fdt").unlink()
-    tree.put("proc/cmdline", f"kho={value}\n")
-    found = tree.checks()["KHO"].state
-    assert found == (UNKNOWN if state == OK else MISSING)
+    assert tree.checks()["KHO"].state == OK
+
+
+def test_luo_that_turned_itself_off(tree):
+    tree.whole()
+    (tree.root / "dev/liveupdate").unlink()
+    assert "dmesg" in tree.checks()["LUO"].hint
 
 
 def test_vfio_without_a_device_and_without_a_cdev(tree):

@@ -244,15 +244,24 @@ def _kexec(features: Features, config: dict[str, str] | None, root: Path) -> Ite
         )
 
 
-def _on(value: str | None) -> bool:
-    """What the kernel takes for yes in a boolean parameter (kstrtobool)."""
-    return value is not None and value.lower() in ("", "1", "y", "yes", "on", "t", "true")
+def _on(value: str | None, otherwise: bool = False) -> bool:
+    """What the kernel takes for yes in a boolean parameter (lib/kstrtox.c, kstrtobool()).
+
+    :param otherwise: the default, which what it does not understand leaves as it is.
+    """
+    first = (value or "").lower()[:2]
+    if first[:1] in ("1", "y", "t", "e") or first == "on":
+        return True
+    return otherwise and not (first[:1] in ("0", "n", "f", "d") or first == "of")
 
 
 def _handover(features: Features, config: dict[str, str] | None) -> Iterable[Check]:
+    default = config is not None and config.get("KEXEC_HANDOVER_ENABLE_DEFAULT") == "y"
     if features.kho_out:
         yield Check("KHO", OK, "the kernel writes a tree for the next one")
-    elif not _on(features.cmdline_kho):
+    elif features.liveupdate_node:
+        yield Check("KHO", OK, "on: there is no LUO without it")
+    elif not _on(features.cmdline_kho, default):
         then = "boot with kho=on"
         yield Check("KHO", MISSING, "kho=on is not on the command line", _kernel_with(config, "kexec", then))
     elif config is not None and _wants(config, "kexec"):
@@ -260,6 +269,11 @@ def _handover(features: Features, config: dict[str, str] | None) -> Iterable[Che
     else:
         yield Check("KHO", UNKNOWN, "kho=on is given; debugfs would tell more", "run as root, mount debugfs")
     then = "boot with kho=on liveupdate=on"
+    if _on(features.cmdline_kho, default) and _on(features.cmdline_liveupdate):
+        # luo_core.c liveupdate_early_init(): what the old kernel left, in another version, turns it off
+        then = (
+            "the command line asks for it: the kernel log says why it is off (dmesg | grep -i -e luo -e kho)"
+        )
     yield _node(
         "LUO",
         "/dev/liveupdate",
