@@ -68,7 +68,8 @@ def _check_map(ictx, call, cmd):
     """iommufd_test_md_check_pa: the domain shows the pages behind a user mapping."""
     hwpt = _mock_hwpt(ictx, cmd.id)
     iova, length, uptr = cmd.check_map.iova, cmd.check_map.length, cmd.check_map.uptr
-    if iova % MOCK_PAGE_SIZE or length % MOCK_PAGE_SIZE or uptr % MOCK_PAGE_SIZE:
+    page = hwpt.domain.page_bytes
+    if iova % page or length % page or uptr % page:
         raise SysError(errno.EINVAL, "not aligned")
     base = uptr // FRAME_BYTES * FRAME_BYTES
     pages = -(-(uptr + length - base) // FRAME_BYTES)

@@ -22,6 +22,8 @@ from conf_selftest import (
     MOCK_DEV_CACHE_NUM,
     MOCK_FLAGS_DEVICE_NO_DIRTY,
     MOCK_FLAGS_DEVICE_PASID,
+    MOCK_IOMMUPT_DEFAULT,
+    MOCK_IOMMUPT_HUGE,
     MOCK_IOTLB_NUM,
     MOCK_PAGE_SIZE,
     MOCK_PASID_WIDTH,
@@ -39,6 +41,9 @@ from iokeep.soft.kernel.syserror import SysError
 from iokeep.soft.kernel.viommu import Viommu
 from iokeep.uapi import iommufd as uapi
 
+_APERTURE = (MOCK_APERTURE_START, MOCK_APERTURE_LAST)
+#: three levels above pages of 2 KiB (starting_level of mock_domain_alloc_pgtable)
+_HUGE_LAST = (1 << 11 + 3 * 9) - 1
 #: IOMMU_TEST_PASID_RESERVED
 _FAILING_PASID = 1024
 
@@ -86,14 +91,14 @@ class MockDirty:
 class MockDomain:
     """What a Domain does for iommufd, in a dict of 2 KiB pages."""
 
-    page_bytes = MOCK_PAGE_SIZE
-    aperture_start = MOCK_APERTURE_START
-    aperture_last = MOCK_APERTURE_LAST
     proof = None
 
-    def __init__(self, iommu, *, dirty=False):
+    def __init__(self, iommu, *, dirty=False, huge=False):
         self.iommu = iommu
         self.kernel = iommu.kernel
+        # MOCK_IOMMUPT_HUGE: pages of 4 KiB and 1 MiB, and all that the table reaches
+        self.page_bytes = FRAME_BYTES if huge else MOCK_PAGE_SIZE
+        self.aperture_start, self.aperture_last = (0, _HUGE_LAST) if huge else _APERTURE
         self.devices = set()
         self.pages = {}
         self.dirty = MockDirty(self) if dirty else None
@@ -242,13 +247,15 @@ class MockIommu:
         """mock_domain_alloc_paging_flags."""
         if flags & ~self._PAGING_FLAGS:
             raise SysError(errno.EOPNOTSUPP, f"domain flags {flags:#x}")
+        huge = False
         if data is not None:
             if data.data_type != IOMMU_HWPT_DATA_SELFTEST:
                 raise SysError(errno.EOPNOTSUPP, f"data of type {data.data_type:#x}")
             given = data.read(iommu_hwpt_selftest, IOMMU_HWPT_DATA_SELFTEST, "iotlb")
-            if given.pagetable_type != 0:
+            if given.pagetable_type not in (MOCK_IOMMUPT_DEFAULT, MOCK_IOMMUPT_HUGE):
                 raise SysError(errno.EOPNOTSUPP, f"page table type {given.pagetable_type}")
-        return MockDomain(self, dirty=bool(flags & uapi.IOMMU_HWPT_ALLOC_DIRTY_TRACKING))
+            huge = given.pagetable_type == MOCK_IOMMUPT_HUGE
+        return MockDomain(self, dirty=bool(flags & uapi.IOMMU_HWPT_ALLOC_DIRTY_TRACKING), huge=huge)
 
     def alloc_nested(self, dev, parent, flags, data):
         return MockNested(self, data)

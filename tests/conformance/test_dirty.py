@@ -5,7 +5,14 @@ import pytest
 from conf_env import PAGE, Env, R, W, outcome, uapi
 from conf_machine import device_kinds, open_machine
 from conf_rows import BASE
-from conf_selftest import MOCK_FLAGS_DEVICE_NO_DIRTY
+from conf_selftest import (
+    IOMMU_TEST_OP_PASID_ATTACH,
+    IOMMU_TEST_OP_PASID_DETACH,
+    MOCK_FLAGS_DEVICE_NO_DIRTY,
+    MOCK_FLAGS_DEVICE_PASID,
+    MOCK_IOMMUPT_HUGE,
+    iommu_hwpt_selftest,
+)
 
 MACHINE = open_machine()
 pytestmark = pytest.mark.skipif("mock" not in device_kinds(MACHINE), reason="this machine has no mock IOMMU")
@@ -89,6 +96,52 @@ def test_on_and_off(scene):
     assert [scene.track(), scene.track(), scene.write(1), scene.track(0), scene.track(0)] == [0, 0, 1, 0, 0]
     assert scene.write(1) == "EINVAL"
     assert scene.track(ON | 2) == "EOPNOTSUPP"
+
+
+def pasid(scene, op, stdev, pt=0):
+    answer = outcome(scene.env.pasid, scene.fd, op, stdev, 100, pt)
+    return answer if isinstance(answer, str) else 0
+
+
+def test_pasids(scene):
+    """pasid_set_dirty_tracking of the kernel's selftest."""
+    env, fd = scene.env, scene.fd
+    hwpt = env.hwpt(fd, scene.dev, scene.ioas, TRACKED | uapi.IOMMU_HWPT_ALLOC_PASID)
+    stdev, _, _ = env.mock(fd, hwpt, MOCK_FLAGS_DEVICE_PASID)
+    assert pasid(scene, IOMMU_TEST_OP_PASID_ATTACH, stdev, hwpt) == 0
+    assert [scene.track(hwpt=hwpt), scene.track(0, hwpt=hwpt)] == [0, 0]
+    assert pasid(scene, IOMMU_TEST_OP_PASID_DETACH, stdev) == 0
+    env.destroy(fd, stdev)
+    # on an HWPT that takes no PASIDs
+    stdev, _, dev = env.mock(fd, env.ioas(fd), MOCK_FLAGS_DEVICE_PASID | MOCK_FLAGS_DEVICE_NO_DIRTY)
+    assert pasid(scene, IOMMU_TEST_OP_PASID_ATTACH, stdev, hwpt) == "EINVAL"
+    # on one that does: only for the device itself the mock driver asks whether it tracks dirt
+    assert outcome(env.mock_replace, fd, stdev, hwpt) == "EINVAL"
+    env.mock_replace(fd, stdev, env.hwpt(fd, dev, scene.ioas, uapi.IOMMU_HWPT_ALLOC_PASID))
+    assert pasid(scene, IOMMU_TEST_OP_PASID_ATTACH, stdev, hwpt) == 0
+    assert pasid(scene, IOMMU_TEST_OP_PASID_DETACH, stdev) == 0
+
+
+def test_a_nesting_parent_tracks(scene):
+    """Also while devices are on nested HWPTs above it."""
+    env, fd = scene.env, scene.fd
+    parent = env.hwpt(fd, scene.dev, scene.ioas, TRACKED | uapi.IOMMU_HWPT_ALLOC_NEST_PARENT)
+    nested = env.hwpt(fd, scene.dev, parent, 0, bytes(iommu_hwpt_selftest()))
+    env.mock_replace(fd, scene.stdev, nested)
+    scene.hwpt = parent
+    assert scene.track() == 0
+    assert scene.write(1, 5) == 2
+    assert scene.read(pages=32) == [1, 5]
+    assert outcome(env.written, fd, nested, BASE, PAGE, PAGE, 1) == "ENOENT"
+
+
+def test_a_table_of_huge_pages_tracks(scene):
+    """Small pages of it are read like those of any other."""
+    data = bytes(iommu_hwpt_selftest(0, MOCK_IOMMUPT_HUGE))
+    scene.hwpt = scene.env.hwpt(scene.fd, scene.dev, scene.ioas, TRACKED, data)
+    assert scene.track() == 0
+    assert scene.write(3, 12) == 2
+    assert scene.read(pages=32) == [3, 12]
 
 
 def test_what_was_written_is_read_once(scene):

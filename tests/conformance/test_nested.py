@@ -14,6 +14,8 @@ from conf_selftest import (
     IOMMU_TEST_INVALIDATE_FLAG_ALL,
     IOMMU_TEST_IOTLB_DEFAULT,
     IOMMU_TEST_OP_MD_CHECK_IOTLB,
+    MOCK_IOMMUPT_DEFAULT,
+    MOCK_IOMMUPT_HUGE,
     MOCK_IOTLB_NUM,
     iommu_hwpt_invalidate_selftest,
     iommu_hwpt_selftest,
@@ -135,6 +137,34 @@ def test_alloc(scene, fields, answer):
     # what was refused has taken nothing
     if isinstance(got, str):
         assert scene.nested() == scene.plain + 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer"), [(MOCK_IOMMUPT_DEFAULT, 0), (MOCK_IOMMUPT_HUGE, 0), (2, "EOPNOTSUPP")]
+)
+def test_kinds_of_tables(scene, kind, answer):
+    """What a paging domain of the mock driver can be; for a nested one it is nothing."""
+    data = bytes(iommu_hwpt_selftest(5, kind))
+    got = outcome(scene.env.hwpt, scene.fd, scene.dev, scene.ioas, NEST, data)
+    assert (got if isinstance(got, str) else 0) == answer
+    nested = scene.env.hwpt(scene.fd, scene.dev, scene.parent, 0, data)
+    assert [scene.has(nested, n, 5) for n in range(4)] == [None] * 4
+
+
+def test_a_table_that_reaches_further(scene):
+    env, fd = scene.env, scene.fd
+    ioas, memfd = env.ioas(fd), env.memfd(2 * PAGE)
+    hva = env.mmap(memfd, 2 * PAGE).hva
+    hwpt = env.hwpt(fd, scene.dev, ioas, 0, bytes(iommu_hwpt_selftest(0, MOCK_IOMMUPT_HUGE)))
+    assert env.ranges(fd, ioas) == ([(0, (1 << 38) - 1)], PAGE)
+    assert outcome(env.map, fd, ioas, hva, 2048, BASE) == "EINVAL"
+    for iova in (0, (1 << 31) - PAGE, (1 << 38) - 2 * PAGE):
+        assert env.map(fd, ioas, hva, 2 * PAGE, iova) == iova
+        assert env.check_map(fd, hwpt, iova, 2 * PAGE, hva)
+        assert not env.check_map(fd, hwpt, iova, PAGE, hva + PAGE)
+    assert outcome(env.map, fd, ioas, hva, PAGE, 1 << 38) == "EINVAL"
+    assert not env.check_map(fd, hwpt, 2048, 2048, hva)  # not in its pages
+    assert env.unmap(fd, ioas) == 6 * PAGE
 
 
 def test_a_parent_may_be_made_by_a_device_that_tracks_dirt(scene):
