@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,32 +61,45 @@ def _stanzas(text: str) -> list[dict[str, str]]:
 
 
 def _entries(etc: Path) -> list[tuple[str, list[str], str]]:
-    """All sources: (URI, suites, keyring file or "")."""
+    """All sources that have the component main: (URI, suites, keyring file or "")."""
     out = []
     for path in sorted(etc.glob("sources.list.d/*.sources")):
         for stanza in _stanzas(path.read_text()):
-            if "deb" in stanza.get("types", "").split() and stanza.get("enabled", "yes") != "no":
-                signed = stanza.get("signed-by", "")
-                for uri in stanza.get("uris", "").split():
-                    out.append((uri, stanza.get("suites", "").split(), signed if signed[:1] == "/" else ""))
-    line = re.compile(r"^deb\s+(?:\[(?P<options>[^\]]*)\]\s+)?(?P<uri>\S+)\s+(?P<suite>\S+)", re.MULTILINE)
+            if "deb" not in stanza.get("types", "").split() or stanza.get("enabled", "yes") == "no":
+                continue
+            if "main" not in stanza.get("components", "").split():
+                continue
+            signed = stanza.get("signed-by", "")
+            for uri in stanza.get("uris", "").split():
+                out.append((uri, stanza.get("suites", "").split(), signed if signed[:1] == "/" else ""))
+    line = re.compile(
+        r"^deb[ \t]+(?:\[(?P<options>[^\]]*)\][ \t]+)?(?P<uri>\S+)[ \t]+(?P<suite>\S+)(?P<components>.*)$",
+        re.MULTILINE,
+    )
     for path in [etc / "sources.list", *sorted(etc.glob("sources.list.d/*.list"))]:
         for found in line.finditer(path.read_text() if path.exists() else ""):
             option = re.search(r"signed-by=(\S+)", found["options"] or "")
-            out.append((found["uri"], [found["suite"]], option[1] if option else ""))
+            if "main" in found["components"].partition("#")[0].split():
+                out.append((found["uri"], [found["suite"]], option[1] if option else ""))
     return out
 
 
-def mirror(etc: Path = ETC) -> Mirror:
-    """The mirror of the machine's own release. :raises Missing: the machine has none, or is no Debian."""
-    release = _release()
+def mirror(etc: Path = ETC, release: Mapping[str, str] | None = None) -> Mirror:
+    """The mirror of the machine's own release. Sources that are signed by Debian's keys, or by none of their
+    own, come first: others that name the same suite are archives of somebody else's packages.
+
+    :param release: /etc/os-release, in tests. :raises Missing: the machine has none, or is no Debian.
+    """
+    release = _release() if release is None else release
     codename = release.get("VERSION_CODENAME", "")
     if release.get("ID") != "debian":
         raise Missing("the kernel's source comes from a Debian mirror, and this machine is no Debian")
-    for uri, suites, signed in _entries(etc):
-        if codename in suites:
-            return Mirror(uri, signed or KEYRING)
-    raise Missing(f"no entry of {etc} names the suite {codename!r}")
+    # a machine may follow a suite by its role
+    names = {codename, "stable", "oldstable", "testing", "unstable", "sid"}
+    found = [Mirror(uri, signed or KEYRING) for uri, suites, signed in _entries(etc) if names & set(suites)]
+    if not found:
+        raise Missing(f"no entry of {etc} names the suite {codename!r}")
+    return min(found, key=lambda each: not Path(each.signed_by).name.startswith("debian-"))
 
 
 def _run(*command: str, cwd: Path | None = None) -> str:

@@ -18,6 +18,7 @@ def pytest_report_header() -> list[str]:
         f"kernel: linux {kernel().version}, {kernel().path}",
         f"QEMU: {' '.join(vm.accelerator())}",
         *(f"{name}: by QEMU {each.qemu.name}" for name, each in vm.machines().items()),
+        f"logs of each run: {vm.runs()}",
     ]
 
 

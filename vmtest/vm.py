@@ -196,8 +196,11 @@ class Guest:
 
     def _failed(self, what: str) -> GuestError:
         log = self.directory / "console.log"
-        lines = log.read_text(errors="replace").splitlines()[-12:] if log.exists() else []
-        return GuestError("\n".join([what, *(f"  | {line}" for line in lines), f"logs: {self.directory}"]))
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        # a panic's reason stands before its trace
+        reasons = [line for line in lines[:-12] if _complains(line)][-4:]
+        shown = [f"  | {line}" for line in (*reasons, *lines[-12:])]
+        return GuestError("\n".join([what, *shown, f"logs: {self.directory}"]))
 
     def receive(self) -> dict[str, Any] | None:
         """The next document from the guest; None when the program has ended (:attr:`status` says how)."""
@@ -257,8 +260,12 @@ class Guest:
     def kernel_complaints(self) -> list[str]:
         """Lines of the console that say that the kernel found a fault of its own."""
         text = (self.directory / "console.log").read_text(errors="replace")
-        marks = ("WARNING:", "BUG:", "Oops", "Call Trace", "general protection")
-        return [line for line in text.splitlines() if any(mark in line for mark in marks)]
+        return list(filter(_complains, text.splitlines()))
+
+
+def _complains(line: str) -> bool:
+    marks = ("WARNING:", "BUG:", "Oops", "Call Trace", "general protection", "Kernel panic")
+    return any(mark in line for mark in marks)
 
 
 @functools.cache
@@ -327,12 +334,17 @@ def boot(
     return launch(command, directory, seconds=seconds)
 
 
+def runs() -> Path:
+    """Where the logs of all runs are."""
+    return cache() / "runs"
+
+
 def run_directory(name: str) -> Path:
     """A directory for the logs of one more run; the oldest ones go."""
-    runs = cache() / "runs"
-    runs.mkdir(parents=True, exist_ok=True)
-    _old_runs_go(runs)
-    return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=runs))
+    base = runs()
+    base.mkdir(parents=True, exist_ok=True)
+    _old_runs_go(base)
+    return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=base))
 
 
 def script(program: Sequence[str], root: Path, exports: Mapping[str, str]) -> str:

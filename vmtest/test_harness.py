@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vmtest itself promises: whose mirror, what the cache's key is, how a guest ends and where its logs
+are.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from vmtest import kernel, vm
+from vmtest.apt import ETC, KEYRING, Mirror, Missing, PrivateApt, mirror
+
+BOOKWORM = {"ID": "debian", "VERSION_CODENAME": "bookworm"}
+DEB822 = """Types: deb
+# a remark
+URIs: http://mirror.test/debian
+Suites: bookworm bookworm-updates
+Components: main
+Signed-By: {keyring}
+"""
+SOMEBODY = "deb [arch=amd64 signed-by=/etc/apt/keyrings/some.asc] https://else.test/debian bookworm {}\n"
+
+
+@pytest.fixture
+def etc(tmp_path: Path) -> Path:
+    (tmp_path / "sources.list.d").mkdir()
+    return tmp_path
+
+
+def test_the_mirror_of_a_deb822_file(etc: Path) -> None:
+    file = etc / "sources.list.d/debian.sources"
+    file.write_text(DEB822.format(keyring="/usr/share/keyrings/debian-archive-bookworm.gpg"))
+    wanted = Mirror("http://mirror.test/debian", "/usr/share/keyrings/debian-archive-bookworm.gpg")
+    assert mirror(etc, BOOKWORM) == wanted
+    file.write_text(DEB822.format(keyring="\n -----BEGIN PGP PUBLIC KEY BLOCK-----"))
+    assert mirror(etc, BOOKWORM).signed_by == KEYRING
+    file.write_text(DEB822.format(keyring=KEYRING) + "Enabled: no\n")
+    with pytest.raises(Missing, match="bookworm"):
+        mirror(etc, BOOKWORM)
+
+
+@pytest.mark.parametrize("suite", ["bookworm", "stable", "sid"])
+def test_the_mirror_of_a_line(etc: Path, suite: str) -> None:
+    lines = f"# deb http://off.test/debian {suite} main\ndeb-src http://src.test/debian {suite} main\n"
+    lines += f"deb cdrom:[Debian 12 _Bookworm_]/ {suite} main\ndeb http://mirror.test/debian {suite} main\n"
+    (etc / "sources.list").write_text(lines)
+    assert mirror(etc, BOOKWORM) == Mirror("http://mirror.test/debian", KEYRING)
+
+
+def test_other_archives_of_the_same_suite_are_not_the_mirror(etc: Path) -> None:
+    (etc / "sources.list.d/a.list").write_text(SOMEBODY.format("stable") + SOMEBODY.format("main"))
+    (etc / "sources.list.d/b.list").write_text("deb http://mirror.test/debian bookworm main contrib\n")
+    assert mirror(etc, BOOKWORM).uri == "http://mirror.test/debian"
+
+
+@pytest.mark.parametrize("release", [{"ID": "ubuntu", "VERSION_CODENAME": "noble"}, {}])
+def test_no_debian(etc: Path, release: dict[str, str]) -> None:
+    with pytest.raises(Missing, match="no Debian"):
+        mirror(etc, release)
+
+
+def test_no_mirror_is_named_in_the_project() -> None:
+    """It is the machine's own: the private apt's only source is what :func:`mirror` found."""
+    assert mirror().uri in "".join(path.read_text() for path in ETC.rglob("*sources*") if path.is_file())
+    for path in Path(__file__).parent.rglob("*.py"):
+        if path != Path(__file__):
+            assert not re.search(r"https?://", path.read_text()), path
+
+
+def test_apt_verifies(tmp_path: Path) -> None:
+    """An index that the machine's keyring has not signed is refused, by apt itself."""
+    apt = PrivateApt(tmp_path / "apt")
+    (tmp_path / "mirror/dists/stable-backports").mkdir(parents=True)
+    release = "Origin: Debian\nCodename: x\nSuite: stable-backports\nSHA256:\n"
+    (tmp_path / "mirror/dists/stable-backports/Release").write_text(release)
+    apt._mirror = Mirror(f"file:{tmp_path}/mirror", KEYRING)
+    with pytest.raises(Missing, match="not signed"):
+        apt.update()
+
+
+def test_every_option_says_what_it_is_for() -> None:
+    lines = kernel.FRAGMENT.read_text().splitlines()
+    given = [line for line in lines if re.match(r"(# )?CONFIG_", line)]
+    assert len(given) == len(kernel.options(kernel.FRAGMENT.read_text())) > 100
+    assert [line for line in given if not re.search(r"(=\S+|not set) +# \S", line)] == []
+
+
+def test_the_cache_goes_by_options_not_by_remarks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, key = kernel.FRAGMENT.read_text(), kernel._key()
+    monkeypatch.setattr(kernel, "FRAGMENT", tmp_path / "linux.config")
+    for changed, same in (
+        (text.replace("# x86-64", "# sixty-four"), True),
+        (text + "\n# the end\n", True),
+        (text + "CONFIG_IKCONFIG=y\n", False),
+        (text.replace("CONFIG_NR_CPUS=4", "CONFIG_NR_CPUS=8"), False),
+        (text.replace("# CONFIG_VT is not set", "CONFIG_VT=y"), False),
+    ):
+        kernel.FRAGMENT.write_text(changed)
+        assert (kernel._key() == key) == same
+
+
+def test_the_exit_status_has_a_channel_of_its_own() -> None:
+    """Whatever the program prints."""
+    program = ["sh", "-c", "echo '{\"exit\": 0}'; echo about to fail; exit 7"]
+    with vm.boot(vm.machines()["vtd-legacy"], program, name="harness-exit") as guest:
+        assert guest.wait() == 7
+        with pytest.raises(vm.GuestError, match=r"exit status 7\n(.*\n)*about to fail") as caught:
+            guest.check_status()
+    assert f"logs: {guest.directory}" in str(caught.value)
+    for log in ("console.log", "output.log", "qemu.sh", "cmdline"):
+        assert (guest.directory / log).stat().st_size, log
+
+
+def test_a_panic_ends_the_run() -> None:
+    """The kernel finds no root: it does not wait for a key, QEMU ends, and the log's end is in the error."""
+    nowhere = "root=/dev/nowhere rootfstype=ext4"
+    with (
+        vm.boot(vm.machines()["vtd-legacy"], ["true"], name="harness-panic", cmdline=nowhere) as guest,
+        pytest.raises(vm.GuestError, match="stopped with no exit status") as caught,
+    ):
+        guest.wait()
+    assert "Kernel panic" in str(caught.value)
+    assert f"logs: {guest.directory}" in str(caught.value)
+    assert guest.kernel_complaints()
+
+
+def test_a_guest_that_hangs_is_ended() -> None:
+    with (
+        vm.boot(vm.machines()["vtd-legacy"], ["true"], name="harness-hang", seconds=0.5) as guest,
+        pytest.raises(vm.GuestError, match="no end after"),
+    ):
+        guest.wait()
+    assert guest.process.returncode is not None
