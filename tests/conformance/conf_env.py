@@ -9,11 +9,19 @@ import select
 from conf_selftest import (
     IOMMU_HWPT_DATA_SELFTEST,
     IOMMU_TEST_CMD,
+    IOMMU_TEST_OP_ACCESS_PAGES,
+    IOMMU_TEST_OP_ACCESS_REPLACE_IOAS,
+    IOMMU_TEST_OP_ACCESS_RW,
     IOMMU_TEST_OP_ADD_RESERVED,
+    IOMMU_TEST_OP_CREATE_ACCESS,
+    IOMMU_TEST_OP_DESTROY_ACCESS_PAGES,
     IOMMU_TEST_OP_DIRTY,
     IOMMU_TEST_OP_MD_CHECK_MAP,
+    IOMMU_TEST_OP_MD_CHECK_REFS,
     IOMMU_TEST_OP_MOCK_DOMAIN_FLAGS,
     IOMMU_TEST_OP_MOCK_DOMAIN_REPLACE,
+    MOCK_ACCESS_RW_WRITE,
+    MOCK_FLAGS_ACCESS_CREATE_NEEDS_PIN_PAGES,
     MOCK_FLAGS_DEVICE_NO_DIRTY,
     command,
 )
@@ -241,6 +249,46 @@ class Env:
     def mock_replace(self, fd, stdev, pt):
         fields = {"mock_domain_replace__pt_id": pt}
         return self.test(fd, IOMMU_TEST_OP_MOCK_DOMAIN_REPLACE, stdev, **fields).mock_domain_replace.pt_id
+
+    def access(self, fd, ioas, flags=MOCK_FLAGS_ACCESS_CREATE_NEEDS_PIN_PAGES):
+        """The descriptor of a new emulated device that looks at an IOAS."""
+        made = self.test(fd, IOMMU_TEST_OP_CREATE_ACCESS, ioas, create_access__flags=flags)
+        return self.owned(made.create_access.out_access_fd)
+
+    def access_replace(self, fd, access, ioas):
+        self.test(fd, IOMMU_TEST_OP_ACCESS_REPLACE_IOAS, access, access_replace_ioas__ioas_id=ioas)
+
+    def pin(self, fd, access, iova, length, flags=0, hva=0):
+        """Pin pages by an access, which must be those behind hva (0: any); their number."""
+        fields = {"flags": flags, "iova": iova, "length": length, "uptr": hva}
+        fields = {f"access_pages__{key}": given for key, given in fields.items()}
+        return self.test(fd, IOMMU_TEST_OP_ACCESS_PAGES, access, **fields).access_pages.out_access_pages_id
+
+    def unpin(self, fd, access, number):
+        fields = {"destroy_access_pages__access_pages_id": number}
+        self.test(fd, IOMMU_TEST_OP_DESTROY_ACCESS_PAGES, access, **fields)
+
+    def rw(self, fd, access, iova, data, flags=0):
+        """Write bytes by an access, or read as many as ``data`` says; what is in the buffer after it."""
+        write = not isinstance(data, int)
+        length = len(data) if write else data
+        at = self.buffer(data or 1)
+        flags |= MOCK_ACCESS_RW_WRITE if write else 0
+        fields = {"iova": iova, "length": length, "uptr": at, "flags": flags}
+        fields = {f"access_rw__{key}": given for key, given in fields.items()}
+        self.test(fd, IOMMU_TEST_OP_ACCESS_RW, access, **fields)
+        return self.bytes_at(at, length)
+
+    def pins(self, fd, hva, length, refs):
+        """Whether each page behind hva has so many pins."""
+        fields = {"check_refs__uptr": hva, "check_refs__length": length, "check_refs__refs": refs}
+        try:
+            self.test(fd, IOMMU_TEST_OP_MD_CHECK_REFS, **fields)
+        except Refused as refused:
+            if refused.number == errnos.EIO:
+                return False
+            raise
+        return True
 
     def add_reserved(self, fd, ioas, start, length):
         fields = {"add_reserved__start": start, "add_reserved__length": length}

@@ -7,6 +7,7 @@ Only driver and devices are mocks: the iommufd in front of them is the software 
 import ctypes
 import errno
 
+import conf_access
 import conf_mock_devices
 from conf_mock_iommu import MockDomain, MockIommu
 from conf_selftest import (
@@ -97,6 +98,7 @@ _OPS = {
     IOMMU_TEST_OP_DIRTY: _dirty,
     IOMMU_TEST_OP_MD_CHECK_IOTLB: _check_iotlb,
     **conf_mock_devices.OPS,
+    **conf_access.OPS,
 }
 
 

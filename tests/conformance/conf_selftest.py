@@ -15,7 +15,13 @@ IOMMU_TEST_CMD = uapi.IOMMU_DESTROY + 32
 IOMMU_TEST_OP_ADD_RESERVED = 1
 IOMMU_TEST_OP_MOCK_DOMAIN = 2
 IOMMU_TEST_OP_MD_CHECK_MAP = 3
+IOMMU_TEST_OP_MD_CHECK_REFS = 4
+IOMMU_TEST_OP_CREATE_ACCESS = 5
+IOMMU_TEST_OP_DESTROY_ACCESS_PAGES = 6
+IOMMU_TEST_OP_ACCESS_PAGES = 7
+IOMMU_TEST_OP_ACCESS_RW = 8
 IOMMU_TEST_OP_MOCK_DOMAIN_REPLACE = 10
+IOMMU_TEST_OP_ACCESS_REPLACE_IOAS = 11
 IOMMU_TEST_OP_MOCK_DOMAIN_FLAGS = 12
 IOMMU_TEST_OP_DIRTY = 13
 IOMMU_TEST_OP_MD_CHECK_IOTLB = 14
@@ -27,6 +33,11 @@ IOMMU_TEST_OP_PASID_REPLACE = 19
 IOMMU_TEST_OP_PASID_DETACH = 20
 IOMMU_TEST_OP_PASID_CHECK_HWPT = 21
 
+MOCK_FLAGS_ACCESS_WRITE = 1
+MOCK_FLAGS_ACCESS_SYZ = 1 << 16
+MOCK_ACCESS_RW_WRITE = 1
+MOCK_ACCESS_RW_SLOW_PATH = 4
+MOCK_FLAGS_ACCESS_CREATE_NEEDS_PIN_PAGES = 1
 MOCK_FLAGS_DEVICE_NO_DIRTY = 1
 MOCK_FLAGS_DEVICE_PASID = 4
 MOCK_PASID_WIDTH = 20
@@ -71,6 +82,36 @@ class Replace(ctypes.Structure):
 
 class CheckMap(ctypes.Structure):
     _fields_ = [("iova", U64), ("length", U64), ("uptr", U64)]
+
+
+class CheckRefs(ctypes.Structure):
+    _fields_ = [("length", U64), ("uptr", U64), ("refs", U32)]
+
+
+class CreateAccess(ctypes.Structure):
+    _fields_ = [("out_access_fd", U32), ("flags", U32)]
+
+
+class DestroyAccessPages(ctypes.Structure):
+    _fields_ = [("access_pages_id", U32)]
+
+
+class AccessPages(ctypes.Structure):
+    _fields_ = [
+        ("flags", U32),
+        ("out_access_pages_id", U32),
+        ("iova", U64),
+        ("length", U64),
+        ("uptr", U64),
+    ]
+
+
+class AccessRw(ctypes.Structure):
+    _fields_ = [("iova", U64), ("length", U64), ("uptr", U64), ("flags", U32)]
+
+
+class AccessReplaceIoas(ctypes.Structure):
+    _fields_ = [("ioas_id", U32)]
 
 
 class Pasid(ctypes.Structure):
@@ -138,6 +179,12 @@ class _Union(ctypes.Union):
         ("mock_domain", MockDomain),
         ("mock_domain_replace", Replace),
         ("check_map", CheckMap),
+        ("check_refs", CheckRefs),
+        ("create_access", CreateAccess),
+        ("destroy_access_pages", DestroyAccessPages),
+        ("access_pages", AccessPages),
+        ("access_rw", AccessRw),
+        ("access_replace_ioas", AccessReplaceIoas),
         ("dirty", Dirty),
         ("pasid", Pasid),
         ("check_iotlb", CheckIotlb),

@@ -15,22 +15,25 @@ from dataclasses import dataclass, field
 
 from conf_env import FIXED, HUGE, PAGE, RW, ULONG_MAX, Env, R, W, outcome
 from conf_rows import ABSENT, BASE
+from conf_trace_access import AccessSteps, Impossible
+from conf_trace_access import makers as access_makers
+from conf_trace_access import opening as access_opening
 
 #: bytes of each memfd, and of the window of the first that user mappings show
 FILE_BYTES = 2 * HUGE
 DEVICES = 3
+#: what every trace with mock devices ends with
+LAST = [["check"], ["pins"]]
 #: IOVAs that every IOMMU here reaches: 47 bits
 WIDTH = (1 << 47) - 1
-
-
-class Impossible(Exception):
-    """A machine answered what no kernel may."""
 
 
 def generate(seed, length, kind):
     """The trace of a seed. ``kind``: "mock", "vfio" or None: what devices there are."""
     rng = random.Random(seed)
     trace = [["ioas"]]
+    if kind == "mock" and rng.randrange(2):
+        trace += access_opening(rng, BASE)
     makers = [
         (4, lambda: ["ioas"]),
         (14, lambda: ["map_file", obj(rng), rng.randrange(2), offset(rng), size(rng), place(rng), prot(rng)]),
@@ -57,6 +60,7 @@ def generate(seed, length, kind):
         makers += [
             (4, lambda: ["check"]),
             (1, lambda: ["reserve", obj(rng), iova(rng), size(rng)]),
+            *access_makers(rng, obj, iova, size),
         ]
     weights = [weight for weight, _ in makers]
     for _ in range(length):
@@ -99,13 +103,17 @@ def spread(rng):
 
 @dataclass
 class Area:
-    """What is mapped: [iova, iova + length) shows bytes of a file from ``start`` on."""
+    """What is mapped: [iova, iova + length) shows bytes of a file from ``start`` on.
+
+    :param writable: its pages were mapped to be written, so that copies may be. :param flags: R, W of itself.
+    """
 
     iova: int
     length: int
     file: int
     start: int
     writable: bool
+    flags: int = RW
 
     @property
     def last(self):
@@ -137,7 +145,8 @@ class Shadow:
             if not hit:
                 return None
             n = min(last, hit[0].last) - at + 1
-            out.append(Area(at - iova, n, hit[0].file, hit[0].start + at - hit[0].iova, hit[0].writable))
+            start = hit[0].start + at - hit[0].iova
+            out.append(Area(at - iova, n, hit[0].file, start, hit[0].writable, hit[0].flags))
             at += n
         return out
 
@@ -159,7 +168,7 @@ class Shadow:
             self.areas[ioas].remove(area)
 
 
-class Run:
+class Run(AccessSteps):
     """A trace on its way through a machine. ``answers``: one for each operation."""
 
     def __init__(self, machine, kind):
@@ -170,6 +179,8 @@ class Run:
         self.shadow = Shadow()
         self.hwpts = []
         self.devices = [None] * DEVICES
+        self.accesses = []
+        self.wrote = 0
         env = self.env
         try:
             self.iommufd = env.iommu()
@@ -186,6 +197,11 @@ class Run:
 
     def __exit__(self, *_):
         self.env.__exit__()
+
+    @staticmethod
+    def fits(piece):
+        """Whether a piece of an area lies in its file."""
+        return piece.start + piece.length <= FILE_BYTES
 
     def ioas(self, number):
         ids = sorted(self.shadow.areas)
@@ -212,14 +228,14 @@ class Run:
     def do_map_file(self, number, file, start, length, at, flags):
         ioas = self.ioas(number)
         answer = outcome(self.env.map_file, self.iommufd, ioas, self.files[file], start, length, at, flags)
-        return self._mapped(ioas, answer, at, [Area(0, length, file, start, bool(flags & W))])
+        return self._mapped(ioas, answer, at, [Area(0, length, file, start, bool(flags & W))], flags)
 
     def do_map(self, number, start, length, at, flags):
         ioas = self.ioas(number)
         start = self.window + start % (FILE_BYTES - self.window)
         hva = self.maps[0].hva + start
         answer = outcome(self.env.map, self.iommufd, ioas, hva, length, at, flags)
-        return self._mapped(ioas, answer, at, [Area(0, length, 0, start, bool(flags & W))])
+        return self._mapped(ioas, answer, at, [Area(0, length, 0, start, bool(flags & W))], flags)
 
     def do_copy(self, to, number, source, length, at, flags):
         target, ioas = self.ioas(to), self.ioas(number)
@@ -231,9 +247,9 @@ class Run:
             raise Impossible(f"copy of a hole: {source:#x} + {length:#x}")
         if flags & W and not all(piece.writable for piece in pieces):
             raise Impossible("a writable copy of read-only pages")
-        return self._mapped(target, answer, at, pieces)
+        return self._mapped(target, answer, at, pieces, flags)
 
-    def _mapped(self, ioas, answer, at, pieces):
+    def _mapped(self, ioas, answer, at, pieces, flags):
         if isinstance(answer, str):
             return answer
         if at is not None and answer != at:
@@ -241,7 +257,7 @@ class Run:
         if at is None and not answer:
             raise Impossible("an automatic IOVA of 0")
         self.shadow.mapped(
-            ioas, [Area(answer + p.iova, p.length, p.file, p.start, p.writable) for p in pieces]
+            ioas, [Area(answer + p.iova, p.length, p.file, p.start, p.writable, flags) for p in pieces]
         )
         return answer
 
@@ -406,13 +422,16 @@ class Run:
                     raise Impossible(f"HWPT {hwpt} shows something at {behind:#x}, behind {area}")
         return len(self.shadow.hwpts)
 
+    def do_pins(self):
+        return self.pins()
+
 
 def run(machine, trace, kind):
     """Run a whole trace: (answers, what was impossible or None)."""
     before = machine.warnings()
     with Run(machine, kind) as running:
         try:
-            for operation in [*trace, ["check"]] if kind == "mock" else trace:
+            for operation in [*trace, *LAST] if kind == "mock" else trace:
                 running.step(operation)
         except Impossible as error:
             return running.answers, f"{operation}: {error}"
@@ -424,7 +443,7 @@ def run(machine, trace, kind):
 
 def difference(trace, one, other):
     """The first operation that was answered otherwise, as text; None: there is none."""
-    for operation, a, b in zip([*trace, ["check"]], one, other, strict=False):
+    for operation, a, b in zip([*trace, *LAST], one, other, strict=False):
         if a != b:
             return f"{operation}: {a} here, {b} there"
     return None if len(one) == len(other) else f"{len(one)} answers here, {len(other)} there"

@@ -10,6 +10,9 @@ from liveupdate_support import AREAS, HWPT_TOKEN, MIB, Guest, check_audit, clean
 from iokeep.iommufd.client import Iommufd, NotEqual, VfioDevice
 from iokeep.luo.client import LiveUpdate
 from iokeep.pt.walk import walk
+from iokeep.soft.kernel.access import Access
+from iokeep.soft.kernel.iommufd import Iommufd as KernelIommufd
+from iokeep.soft.kernel.syserror import SysError
 
 #: no sweep by itself: what is proved was needed
 STILL = {"sweep_rate": 0}
@@ -173,6 +176,38 @@ def test_a_second_domain_reads_all_back(after):
     damage(after)
     adopt(after)
     quarantined(after, lambda: after.iommufd.hwpt_alloc(after.dev_id, after.ioas.id))
+    after.session.finish()
+    leave(after)
+
+
+def test_an_access_reads_what_is_proved(after):
+    """An emulated device: its bytes and pins are of frames that the adopted table names."""
+    damage(after)
+    adopt(after)
+    file = next(each for each in after.host.kernel.files.values() if isinstance(each, KernelIommufd))
+    process = next(iter(after.host.kernel.processes.values()))
+    access = Access.create(file, None)
+    access.attach(after.ioas.id)
+    before = pins(after.host)
+
+    def refused(action):
+        with pytest.raises(SysError) as caught:
+            action()
+        raise OSError(caught.value.errno, str(caught.value))
+
+    quarantined(after, lambda: refused(lambda: access.read(process, BAD, 8)))
+    with fails(errno.EUCLEAN):
+        refused(lambda: access.pin_pages(BAD - 0x1000, 0x2000))
+    # the page beside the wrong one was proved, and so pinned; the access itself has pinned nothing
+    assert pins(after.host) == before + progress(after)[1] // 0x1000 == before + 1
+    first = AREAS[0][0]
+    assert access.read(process, first, 0x1000) == after.transport.pread(after.memfd, 0x1000, AREAS[0][2])
+    access.pin_pages(first, 0x2000)
+    assert progress(after)[1] // 0x1000 == pins(after.host) - before > 1
+    frames(after)
+    access.unpin_pages(first, 0x2000)
+    access.detach()
+    access.close()
     after.session.finish()
     leave(after)
 

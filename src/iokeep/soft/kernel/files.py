@@ -437,21 +437,7 @@ class PageFile(File):
         if not data:
             return
         first, last = offset // FRAME_BYTES, (offset + len(data) - 1) // FRAME_BYTES
-        pfns = self.fault(first, last)
-        ram = self.kernel.frames.ram.bytes
-        source = np.frombuffer(data, np.uint8)
-        skip = offset - first * FRAME_BYTES
-        head = min(len(data), FRAME_BYTES - skip)
-        at = int(pfns[0]) * FRAME_BYTES + skip
-        ram[at : at + head] = source[:head]
-        whole = (len(data) - head) // FRAME_BYTES
-        if whole:
-            body = source[head : head + whole * FRAME_BYTES].reshape(whole, FRAME_BYTES)
-            self.kernel.frames.words.view(np.uint8)[pfns[1 : 1 + whole]] = body
-        tail = len(data) - head - whole * FRAME_BYTES
-        if tail:
-            at = int(pfns[-1]) * FRAME_BYTES
-            ram[at : at + tail] = source[-tail:]
+        self.kernel.frames.write(self.fault(first, last), offset - first * FRAME_BYTES, data)
 
     def map_pages(self, offset: int, length: int, *, writable: bool) -> tuple[I64 | None, Backing]:
         """A mapping: every page is filled in now.

@@ -457,6 +457,29 @@ class FrameAllocator:
         self.tags[left] = TAG_FREE
         return len(left)
 
+    # ---- content
+
+    def read(self, pfns: I64, skip: int, length: int) -> bytes:
+        """``length`` bytes of consecutive pages in these frames, from byte ``skip`` of the first one on."""
+        rows = self.words[pfns]
+        return rows.reshape(-1).view(np.uint8)[skip : skip + length].tobytes()
+
+    def write(self, pfns: I64, skip: int, data: bytes) -> None:
+        """Store bytes as :meth:`read` finds them; not a byte beside them is touched."""
+        ram = self.ram.bytes
+        source = np.frombuffer(data, np.uint8)
+        head = min(len(data), FRAME_BYTES - skip)
+        at = int(pfns[0]) * FRAME_BYTES + skip
+        ram[at : at + head] = source[:head]
+        whole = (len(data) - head) // FRAME_BYTES
+        if whole:
+            body = source[head : head + whole * FRAME_BYTES].reshape(whole, FRAME_BYTES)
+            self.words.view(np.uint8)[pfns[1 : 1 + whole]] = body
+        tail = len(data) - head - whole * FRAME_BYTES
+        if tail:
+            at = int(pfns[-1]) * FRAME_BYTES
+            ram[at : at + tail] = source[-tail:]
+
     # ---- audit
 
     def audit(self, claims: Iterable[Claim]) -> Audit:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import errno
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING
 
 from iokeep.mem.ranges import Range, merge, subtract
@@ -21,11 +22,14 @@ from iokeep.soft.kernel.pages import ULONG_MAX, Area, Pages
 from iokeep.soft.kernel.syserror import SysError
 
 if TYPE_CHECKING:
+    from iokeep.soft.kernel.access import Access
     from iokeep.soft.kernel.deferred import Adoption
     from iokeep.soft.kernel.hwpt import HwptPaging
     from iokeep.soft.kernel.iommu import Domain
     from iokeep.soft.kernel.iommufd import Iommufd
 
+#: how often accesses are asked to unpin an area before the kernel gives up (iopt_unmap_iova_range)
+_UNMAP_TRIES = 100
 #: an automatic IOVA is not aligned to more than this (HPAGE_SIZE of x86-64)
 HPAGE_BYTES = 1 << 21
 
@@ -56,6 +60,8 @@ class Ioas(IommufdObject):
         self.domains: list[Domain] = []
         #: HWPTs of this IOAS, automatic ones too
         self.hwpts: list[HwptPaging] = []
+        #: number -> access of an emulated device
+        self.accesses: dict[int, Access] = {}
         self.iova_alignment = 1
         self.disable_large_pages = False
         #: changes with every change of the areas: proofs about a table name the generation that they hold for
@@ -80,6 +86,21 @@ class Ioas(IommufdObject):
             return self.areas[i]
         i += 1
         return self.areas[i] if i < len(self.areas) and self.areas[i].iova <= last else None
+
+    def contiguous(self, iova: int, last: int) -> Iterator[tuple[Area, int, int]]:
+        """The areas that show [iova, last] without a hole, each with its part of the range, closed
+        (iopt_for_each_contig_area). :raises SysError: ENOENT at a hole, after the areas before it.
+        """
+        at = iova
+        while True:
+            area = self.area_at(at, at)
+            if area is None:
+                raise SysError(errno.ENOENT, f"IOAS {self.id}: nothing is mapped at {at:#x}")
+            end = min(last, area.last)
+            yield area, at, end
+            if end == last:
+                return
+            at = end + 1
 
     def _insert(self, area: Area) -> None:
         i = bisect_left(self._starts, area.iova)
@@ -205,25 +226,16 @@ class Ioas(IommufdObject):
         if last > ULONG_MAX:
             raise SysError(errno.EOVERFLOW, f"iova {iova:#x} + {length:#x}")
         pieces: list[Piece] = []
-        at = iova
-        while True:
-            area = self.area_at(at, at)
-            if area is None:
-                for piece in pieces:
-                    piece.pages.put()
-                raise SysError(errno.ENOENT, f"IOAS {self.id}: nothing is mapped at {at:#x}")
-            end = min(last, area.last)
-            try:
+        try:
+            for area, at, end in self.contiguous(iova, last):
                 if area.storage is not None:
                     area.storage.need(at, end)
-            except SysError:
-                for piece in pieces:
-                    piece.pages.put()
-                raise
-            pieces.append(Piece(area.pages.get(), area.start_byte + at - area.iova, end - at + 1))
-            if end == last:
-                return pieces
-            at = end + 1
+                pieces.append(Piece(area.pages.get(), area.start_byte + at - area.iova, end - at + 1))
+        except SysError:
+            for piece in pieces:
+                piece.pages.put()
+            raise
+        return pieces
 
     def _need(self, area: Area) -> None:
         """Before an area goes or is cut: every domain that shows it is proved there. :raises SysError:
@@ -232,11 +244,14 @@ class Ioas(IommufdObject):
         for domain in self.domains:
             domain.need(area.iova, area.last)
 
-    def unmap(self, iova: int, last: int) -> int:
-        """Remove every area in [iova, last]; the bytes removed (iopt_unmap_iova_range).
+    def unmap(self, iova: int, last: int) -> tuple[int, SysError | None]:
+        """Remove every area in [iova, last] (iopt_unmap_iova_range): the bytes removed, and what ended it.
 
-        Areas before one that is only partly covered are gone when ENOENT comes, as in Linux; EUCLEAN (a part
-        is quarantined) comes before anything has changed.
+        Areas before one that is only partly covered (ENOENT) or locked (EBUSY) are gone, as in Linux. What
+        accesses have pinned they are asked to let go.
+
+        :raises SysError: EBUSY: a live update session holds the iommufd; EUCLEAN: a part is quarantined.
+            Nothing has changed.
         """
         self.check_mutable()
         if any(domain.proof is not None for domain in self.domains):
@@ -245,30 +260,60 @@ class Ioas(IommufdObject):
                 if iova <= area.iova and area.last <= last:
                     self._need(area)
                 at = area.last + 1
-        unmapped = 0
+        unmapped = tries = 0
         start = iova
         while start <= last and (area := self.area_at(start, last)) is not None:
-            if area.iova < iova or area.last > last:
-                raise SysError(
-                    errno.ENOENT,
-                    f"IOAS {self.id}: area {area.iova:#x} ... {area.last:#x} is only partly in "
-                    f"{iova:#x} ... {last:#x}",
+            name = f"IOAS {self.id}: area {area.iova:#x} ... {area.last:#x}"
+            if area.locks:
+                return unmapped, SysError(errno.EBUSY, f"{name} is locked by an object: destroy that first")
+            if area.iova < start or area.last > last:
+                return unmapped, SysError(
+                    errno.ENOENT, f"{name} is only partly in {iova:#x} ... {last:#x}: unmap whole areas"
                 )
+            if area.iova != start:
+                tries = 0
+            if area.accesses:
+                start = area.iova
+                area.prevent_access = True
+                self.notify_unmap(area.iova, area.length)
+                tries += 1
+                if tries > _UNMAP_TRIES:
+                    self.iommufd.kernel.warn(f"{name}: {area.accesses} pins of accesses stay")
+                    return unmapped, SysError(errno.EDEADLOCK, f"{name} is pinned, and stays so")
+                continue
             area.unfill(self.domains)
             self._remove(area)
             area.pages.put()
             unmapped += area.length
             start = area.last + 1
-        if not unmapped:
-            raise SysError(errno.ENOENT, f"IOAS {self.id}: nothing is mapped in {iova:#x} ... {last:#x}")
-        return unmapped
+        return unmapped, None
 
-    def unmap_all(self) -> int:
-        """Remove every area; the bytes removed, 0 where there is none (iopt_unmap_all)."""
-        if not self.areas:
-            self.check_mutable()
-            return 0
-        return self.unmap(0, ULONG_MAX)
+    # ---- accesses
+
+    def add_access(self, access: Access) -> int:
+        """An access looks at this IOAS from now on (iopt_add_access); its number here.
+
+        :raises SysError: EADDRINUSE: areas are not aligned as it needs them. Nothing changed.
+        """
+        number = next(n for n in count() if n not in self.accesses)
+        self.accesses[number] = access
+        try:
+            self._set_alignment()
+        except SysError:
+            del self.accesses[number]
+            raise
+        return number
+
+    def remove_access(self, number: int) -> None:
+        """iopt_remove_access."""
+        del self.accesses[number]
+        self._set_alignment()
+
+    def notify_unmap(self, iova: int, length: int) -> None:
+        """Have drivers let go of [iova, iova + length) (iommufd_access_notify_unmap)."""
+        for _, access in sorted(self.accesses.items()):
+            if access.ops is not None:
+                access.ops.unmap(iova, length)
 
     def cut(self, iova: int) -> None:
         """Split the area so that one ends at ``iova`` (iopt_area_split)."""
@@ -276,10 +321,14 @@ class Ioas(IommufdObject):
         area = self.area_at(iova, iova)
         if area is None or iova in (area.iova, area.last):
             return
+        if area.prevent_access:
+            raise SysError(errno.EBUSY, f"the area at {area.iova:#x} is about to be unmapped")
         start = iova + 1
         rhs_byte = area.start_byte + start - area.iova
         if (start | rhs_byte) & (self.iova_alignment - 1):
             raise SysError(errno.EINVAL, f"a cut at {start:#x} is not aligned to {self.iova_alignment:#x}")
+        if area.accesses:
+            raise SysError(errno.EINVAL, f"the area at {area.iova:#x} is pinned by accesses")
         if area.storage is not None and not self.disable_large_pages:
             raise SysError(errno.EINVAL, f"the area at {area.iova:#x} may be mapped with huge pages")
         self._need(area)
@@ -358,6 +407,7 @@ class Ioas(IommufdObject):
         """iopt_calculate_iova_alignment."""
         new = FRAME_BYTES if self.disable_large_pages else 1
         new = max([new, *(domain.page_bytes for domain in self.domains)])
+        new = max([new, *(access.iova_alignment for access in self.accesses.values())])
         if new > self.iova_alignment:
             self._check_alignment(new)
         self.iova_alignment = new

@@ -165,9 +165,19 @@ class Iommufd(File):
                 raise AssertionError(f"iommufd released with objects in use: {names}")
 
     def claims(self) -> Iterable[Claim]:
-        """The pins of every IOAS."""
+        """The pins of every IOAS, and those of accesses."""
         for item in self.objects.values():
             yield from item.claims()
+        # pages that copies share are in several IOASes
+        held = {
+            id(area.pages): area.pages
+            for item in self.objects.values()
+            if isinstance(item, Ioas)
+            for area in item.areas
+            if area.accesses
+        }
+        for pages in held.values():
+            yield from pages.claims()
 
     # ---- mmap
 
@@ -365,17 +375,26 @@ def iommufd_ioas_copy(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_ioas_copy) -> 
 def iommufd_ioas_unmap(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_ioas_unmap) -> None:
     """IOMMU_IOAS_UNMAP."""
     ioas = ictx.ioas(cmd.ioas_id)
-    if cmd.iova == 0 and cmd.length == ULONG_MAX:
-        cmd.length = ioas.unmap_all()
-    else:
+    everything = cmd.iova == 0 and cmd.length == ULONG_MAX
+    last = ULONG_MAX
+    if not everything:
         _below_max(iova=cmd.iova, length=cmd.length)
-        if not cmd.length:
-            raise SysError(errno.EINVAL, "UNMAP of nothing")
-        last = cmd.iova + cmd.length - 1
-        if last > ULONG_MAX:
-            raise SysError(errno.EOVERFLOW, f"iova {cmd.iova:#x} + {cmd.length:#x}")
-        cmd.length = ioas.unmap(cmd.iova, last)
+        last = unmap_last(cmd.iova, cmd.length)
+    cmd.length, error = ioas.unmap(cmd.iova, last)
+    if error is not None:
+        raise error
+    if not cmd.length and not everything:
+        raise SysError(errno.ENOENT, f"IOAS {ioas.id}: nothing is mapped in {cmd.iova:#x} ... {last:#x}")
     call.respond(cmd)
+
+
+def unmap_last(iova: int, length: int) -> int:
+    """The last IOVA of an unmap (iopt_unmap_iova). :raises SysError: EINVAL, EOVERFLOW."""
+    if not length:
+        raise SysError(errno.EINVAL, "UNMAP of nothing")
+    if iova + length - 1 > ULONG_MAX:
+        raise SysError(errno.EOVERFLOW, f"iova {iova:#x} + {length:#x}")
+    return iova + length - 1
 
 
 def iommufd_ioas_change_process(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_ioas_change_process) -> None:

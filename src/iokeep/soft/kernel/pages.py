@@ -30,6 +30,17 @@ if TYPE_CHECKING:
 ULONG_MAX = 2**64 - 1
 
 
+@dataclass(eq=False, slots=True)
+class Held:
+    """PFNs of pages that accesses have pinned (struct iopt_pages_access, and its part of the xarray).
+
+    :param users: pins of exactly these pages.
+    """
+
+    pfns: I64
+    users: int = 0
+
+
 class Pages:
     """A range of pages of one origin (struct iopt_pages), shared by an area and its copies.
 
@@ -64,6 +75,8 @@ class Pages:
         self._references = 1
         #: areas that have a storage domain (domains_itree): their part of the pages is pinned
         self.stored: dict[int, Area] = {}
+        #: (first, last) page numbers -> what accesses hold of exactly these (access_itree)
+        self.held: dict[tuple[int, int], Held] = {}
 
     @property
     def memfd(self) -> PageFile | None:
@@ -89,6 +102,11 @@ class Pages:
 
     # ---- PFNs
 
+    def _living(self) -> Process | None:
+        """The process whose memory this is, while it lives (mmget_not_zero)."""
+        process = self.process
+        return process if process and self.kernel.processes.get(process.pid) is process else None
+
     def lookup(self, first: int, last: int) -> I64:
         """As :meth:`runs`, frame by frame."""
         return self.runs(first, last).pfns()
@@ -112,8 +130,8 @@ class Pages:
                     f"at {memfd.size:#x}",
                 )
             return memfd.runs(at >> FRAME_SHIFT, (at >> FRAME_SHIFT) + n - 1)
-        process = self.process
-        if process is None or self.kernel.processes.get(process.pid) is not process:
+        process = self._living()
+        if process is None:
             raise SysError(errno.EFAULT, "the process that mapped this memory is gone")
         parts = []
         for file, offset, length in process.resolve(
@@ -123,23 +141,30 @@ class Pages:
         return FrameRuns.join(parts)
 
     def unpinned(self, first: int, last: int) -> list[Range]:
-        """The page numbers of ``first`` ... ``last`` that no stored area has pinned."""
+        """The page numbers of ``first`` ... ``last`` that no stored area and no access has pinned."""
         whole = [Range(first, last)]
-        if not self.stored:
+        if not self.stored and not self.held:
             return whole
-        return subtract(whole, merge([r for a in self.stored.values() for r in a.pinned()]))
+        pinned = [r for a in self.stored.values() for r in a.pinned()]
+        return subtract(whole, merge(pinned + self._held_ranges()))
 
     def acquire(self, first: int, last: int) -> tuple[I64, I64]:
-        """PFNs of the pages, pinning those that no stored area has: (all of them, the newly pinned ones).
+        """PFNs of the pages, pinning those that nobody has: (all of them, the newly pinned ones).
 
-        Pages that an area has stored are read back from its domain, as pfn_reader does.
+        Pages that an access holds are known by it, those that an area has stored are read back from its
+        domain, in this order, as pfn_reader does.
         :raises SysError: EUCLEAN: that domain's table is not what it should be there. Nothing is pinned then.
         """
         out = np.full(last - first + 1, -1, np.int64)
+        known = self._held_ranges()
+        for (a, b), held in self.held.items():
+            at, end = max(first, a), min(last, b)
+            if at <= end:
+                out[at - first : end - first + 1] = held.pfns[at - a : end - a + 1]
         for area in self.stored.values():
             a, b = max(first, area.first_page), min(last, area.last_page)
-            if a <= b:
-                out[a - first : b - first + 1] = area.read_back(a, b)
+            for r in subtract([Range(a, b)], merge(known)) if a <= b else ():
+                out[r.start - first : r.last - first + 1] = area.read_back(r.start, r.last)
         fresh = self.unpinned(first, last)
         if fresh == [Range(first, last)]:
             pfns = self.lookup(first, last)
@@ -153,6 +178,81 @@ class Pages:
             out[r.start - first : r.last - first + 1] = pfns
         return out, np.concatenate(taken) if taken else np.zeros(0, np.int64)
 
+    # ---- accesses
+
+    def _held_ranges(self) -> list[Range]:
+        return [Range(*pages) for pages in self.held]
+
+    def hold(self, first: int, last: int) -> I64:
+        """An access pins pages ``first`` ... ``last`` (iopt_area_add_access); their PFNs.
+
+        :raises SysError: as :meth:`acquire`.
+        """
+        held = self.held.get((first, last))
+        if held is None:
+            held = self.held[first, last] = Held(self.acquire(first, last)[0])
+        held.users += 1
+        return held.pfns
+
+    def let_go(self, first: int, last: int) -> bool:
+        """Undo one :meth:`hold` of exactly these pages: what nobody else has is unpinned
+        (iopt_pages_unfill_xarray). False: there is none.
+        """
+        held = self.held.get((first, last))
+        if held is None:
+            return False
+        held.users -= 1
+        if not held.users:
+            del self.held[first, last]
+            for r in self.unpinned(first, last):
+                self.kernel.frames.unpin(held.pfns[r.start - first : r.last - first + 1])
+        return True
+
+    def read(self, caller: Process, start_byte: int, length: int, *, slow: bool = False) -> bytes:
+        """Bytes from ``start_byte`` on, counted as areas do (iopt_pages_rw_access): the caller's own memory
+        by hva, that of files and other processes by frame.
+
+        :param slow: by frame in any case. :raises SysError: as :meth:`acquire`; EFAULT.
+        """
+        if self._own(caller) and not slow:
+            return caller.copy_from_user(self.uptr + start_byte, length)
+        pfns, fresh = self._touch(start_byte, length, write=False)
+        data = self.kernel.frames.read(pfns, start_byte % FRAME_BYTES, length)
+        self.kernel.frames.unpin(fresh)
+        return data
+
+    def write(self, caller: Process, start_byte: int, data: bytes, *, slow: bool = False) -> None:
+        """Store bytes, as :meth:`read` finds them."""
+        if self._own(caller) and not slow:
+            caller.copy_to_user(self.uptr + start_byte, data)
+            return
+        pfns, fresh = self._touch(start_byte, len(data), write=True)
+        self.kernel.frames.write(pfns, start_byte % FRAME_BYTES, data)
+        self.kernel.frames.unpin(fresh)
+
+    def _own(self, caller: Process) -> bool:
+        return self.file is None and self.process is caller
+
+    def _touch(self, start_byte: int, length: int, *, write: bool) -> tuple[I64, I64]:
+        """Frames of bytes, and those of them to be unpinned when all is done."""
+        first, last = start_byte // FRAME_BYTES, (start_byte + length - 1) // FRAME_BYTES
+        process = self._living()
+        if self.file is None and first == last and process is not None:
+            # iopt_pages_rw_page: one page is looked up where the process has it now, also one that is pinned
+            hva = self.uptr + (first << FRAME_SHIFT)
+            ((file, offset, _),) = process.resolve(hva, FRAME_BYTES, write=write)
+            return file.fault(offset >> FRAME_SHIFT, offset >> FRAME_SHIFT), np.zeros(0, np.int64)
+        return self.acquire(first, last)
+
+    def claims(self) -> Iterable[Claim]:
+        """The pins of accesses, as far as no stored area claims them."""
+        earlier = merge([r for a in self.stored.values() for r in a.pinned()])
+        for (first, last), held in self.held.items():
+            for r in subtract([Range(first, last)], earlier):
+                pfns = held.pfns[r.start - first : r.last - first + 1]
+                yield Claim(f"access to pages {first} ... {last}", pfns, refs=1, pins=1)
+            earlier = merge([*earlier, Range(first, last)])
+
 
 @dataclass(eq=False, slots=True)
 class Area:
@@ -160,7 +260,8 @@ class Area:
 
     :param prot: PROT_R | PROT_W. :param storage: the domain whose table stores the PFNs, or None where
         nothing is pinned for this area. :param lazy: numbers of pages that are stored, but not pinned: the
-        table of an adopted domain is not proved there.
+        table of an adopted domain is not proved there. :param accesses: pins of accesses; ``locks``: those
+        that forbid an unmap. :param prevent_access: it is about to go, nobody may pin it any more.
     """
 
     ioas: Ioas
@@ -171,6 +272,9 @@ class Area:
     prot: int
     storage: Domain | None = field(default=None)
     lazy: RangeSet = field(default_factory=RangeSet)
+    accesses: int = 0
+    locks: int = 0
+    prevent_access: bool = False
 
     @property
     def length(self) -> int:
