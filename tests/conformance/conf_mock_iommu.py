@@ -91,6 +91,7 @@ class MockDirty:
 class MockDomain:
     """What a Domain does for iommufd, in a dict of 2 KiB pages."""
 
+    enforces_coherency = False
     proof = None
 
     def __init__(self, iommu, *, dirty=False, huge=False):
@@ -99,6 +100,8 @@ class MockDomain:
         # MOCK_IOMMUPT_HUGE: pages of 4 KiB and 1 MiB, and all that the table reaches
         self.page_bytes = FRAME_BYTES if huge else MOCK_PAGE_SIZE
         self.aperture_start, self.aperture_last = (0, _HUGE_LAST) if huge else _APERTURE
+        # else AMD's format with tables of 512 items: every power of two below half of what three levels reach
+        self.page_sizes = FRAME_BYTES | 1 << 20 if huge else (1 << 11 + 3 * 9 - 1) - MOCK_PAGE_SIZE
         self.devices = set()
         self.pages = {}
         self.dirty = MockDirty(self) if dirty else None
@@ -106,7 +109,13 @@ class MockDomain:
     def need(self, iova, last):
         """Nothing is adopted here."""
 
+    def leaf_across(self, iova):
+        """Every page is a leaf of its own."""
+        return False
+
     def map(self, extents, max_lg2=None):
+        if not extents.prot.all():
+            raise SysError(errno.EINVAL, "neither to be read nor written")
         for i in range(len(extents)):
             start, last, pa = int(extents.iova[i]), int(extents.last[i]), int(extents.pa[i])
             if start % MOCK_PAGE_SIZE or (last + 1) % MOCK_PAGE_SIZE or pa % MOCK_PAGE_SIZE:

@@ -649,7 +649,7 @@ def test_cut(kernel, c, fd, ioas, m, dev):
 def test_unknown_and_wrong_requests(c, fd):
     buffer = ctypes.create_string_buffer(64)
     struct.pack_into("<I", buffer, 0, 64)
-    for request in (0x3B9B, 0x3BFF, 0x3B80 | 1 << 30, 0x3B64, 0x1281):
+    for request in (0x3B9B, 0x3BFF, 0x3B80 | 1 << 30, 0x3B67, 0x1281):
         with refused(errno.ENOTTY):
             c.ioctl(fd, request, buffer)
 

@@ -134,13 +134,13 @@ class KernelTransport:
         """See :meth:`iokeep.uapi.transport.Transport.close`."""
         os.close(fd)
 
-    def ioctl(self, fd: int, request: int, arg: ctypes.Structure) -> int:
+    def ioctl(self, fd: int, request: int, arg: ctypes.Structure | int) -> int:
         """See :meth:`iokeep.uapi.transport.Transport.ioctl`.
 
         libc directly: fcntl.ioctl() copies through a buffer of its own, and what the kernel wrote in spite of
         an error must not depend on that.
         """
-        value = self._libc.ioctl(fd, request, ctypes.addressof(arg))
+        value = self._libc.ioctl(fd, request, arg if isinstance(arg, int) else ctypes.addressof(arg))
         if value < 0:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))

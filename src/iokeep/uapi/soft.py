@@ -337,14 +337,13 @@ class SoftTransport:
         """See :meth:`iokeep.uapi.transport.Transport.close`."""
         self._call(Call.CLOSE, fd)
 
-    def ioctl(self, fd: int, request: int, arg: ctypes.Structure) -> int:
+    def ioctl(self, fd: int, request: int, arg: ctypes.Structure | int) -> int:
         """See :meth:`iokeep.uapi.transport.Transport.ioctl`."""
-        size = ctypes.sizeof(arg)
+        raw = arg.to_bytes(8, "little") if isinstance(arg, int) else bytes(arg)
         with self._lock:
-            frame = self._connection.call(
-                Call.IOCTL, fd, (request,), bytes(arg), memory=self._memory, most=size
-            )
-        ctypes.memmove(ctypes.addressof(arg), frame.payload, len(frame.payload))
+            frame = self._connection.call(Call.IOCTL, fd, (request,), raw, memory=self._memory, most=len(raw))
+        if not isinstance(arg, int):
+            ctypes.memmove(ctypes.addressof(arg), frame.payload, len(frame.payload))
         if frame.fd:
             raise OSError(frame.fd, os.strerror(frame.fd))
         return wire.signed(frame.args[0])

@@ -91,8 +91,11 @@ class Transport(Protocol):
         """close(2)."""
         ...
 
-    def ioctl(self, fd: int, request: int, arg: ctypes.Structure) -> int:
-        """ioctl(2); *arg* is changed where the kernel writes it, for some requests also on an error."""
+    def ioctl(self, fd: int, request: int, arg: ctypes.Structure | int) -> int:
+        """ioctl(2); *arg* is changed where the kernel writes it, for some requests also on an error.
+
+        A number is passed by value, as VFIO_CHECK_EXTENSION takes it.
+        """
         ...
 
     def memfd_create(self, name: str, flags: int = 0) -> int:

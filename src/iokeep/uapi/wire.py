@@ -15,7 +15,7 @@ Requests (arguments; payload -> value; payload of the answer):
 HELLO                   version                                 pid; bytes of each memfd, u64 x n (+ fds)
 OPEN                    -; path, UTF-8                          fd
 CLOSE                   fd                                      0
-IOCTL                   fd, request; the structure              value; the structure's bytes to copy back
+IOCTL                   fd, request; the structure, or u64      value; the structure's bytes to copy back
 MEMFD_CREATE            flags; name, UTF-8                      fd
 FTRUNCATE               fd, length                              0
 FALLOCATE               fd, mode, offset, length                0

@@ -27,11 +27,21 @@ if TYPE_CHECKING:
     from iokeep.soft.kernel.hwpt import HwptPaging
     from iokeep.soft.kernel.iommu import Domain
     from iokeep.soft.kernel.iommufd import Iommufd
+    from iokeep.soft.kernel.process import Process
 
 #: how often accesses are asked to unpin an area before the kernel gives up (iopt_unmap_iova_range)
 _UNMAP_TRIES = 100
 #: an automatic IOVA is not aligned to more than this (HPAGE_SIZE of x86-64)
 HPAGE_BYTES = 1 << 21
+
+
+def unmap_last(iova: int, length: int) -> int:
+    """The last IOVA of an unmap (iopt_unmap_iova). :raises SysError: EINVAL, EOVERFLOW."""
+    if not length:
+        raise SysError(errno.EINVAL, "UNMAP of nothing")
+    if iova + length - 1 > ULONG_MAX:
+        raise SysError(errno.EOVERFLOW, f"iova {iova:#x} + {length:#x}")
+    return iova + length - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +127,21 @@ class Ioas(IommufdObject):
         self.generation += 1
 
     # ---- mapping
+
+    def map_user(self, process: Process, hva: int, length: int, iova: int | None, prot: int) -> int:
+        """Map memory of a process (iopt_map_user_pages); the IOVA. :param iova: None = find one."""
+        if hva + length > ULONG_MAX:
+            raise SysError(errno.EOVERFLOW, f"user_va {hva:#x} + {length:#x}")
+        start_byte = hva % FRAME_BYTES
+        pages = Pages(
+            self.iommufd.kernel,
+            start_byte,
+            length,
+            writable=bool(prot & PROT_W),
+            process=process,
+            uptr=hva - start_byte,
+        )
+        return self.map_pieces([Piece(pages, start_byte, length)], length, iova, prot)
 
     def map_pieces(self, pieces: list[Piece], length: int, iova: int | None, prot: int) -> int:
         """Map pieces one after the other (iopt_map_pages); the IOVA of the first. Takes over their

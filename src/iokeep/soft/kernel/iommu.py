@@ -141,6 +141,24 @@ class Domain:
         return 1 << self.fmt.levels[0].shift
 
     @property
+    def _largest(self) -> Format:
+        """The format with as many levels as the table can grow to."""
+        fmt = self.fmt
+        while (larger := self.iommu.larger(fmt)) is not None:
+            fmt = larger
+        return fmt
+
+    @property
+    def page_sizes(self) -> int:
+        """Bit n: it can have leaves of 2**n bytes (pgsize_bitmap)."""
+        return sum(1 << lg2 for lg2 in set(self._largest.leaf_lg2s))
+
+    @property
+    def enforces_coherency(self) -> bool:
+        """DMA of its devices snoops the CPU's caches whatever a device asks for."""
+        return self.iommu.ENFORCES_COHERENCY
+
+    @property
     def aperture_start(self) -> int:
         """First IOVA that the domain can map."""
         return 0
@@ -150,9 +168,7 @@ class Domain:
         """Last IOVA that the domain can map: of the first stage's sign-extended space the lower half; of a
         table that grows, what its largest size reaches.
         """
-        fmt = self.fmt
-        while (larger := self.iommu.larger(fmt)) is not None:
-            fmt = larger
+        fmt = self._largest
         return (1 << (fmt.input_lg2 - fmt.sign_extend)) - 1
 
     @property
@@ -187,8 +203,13 @@ class Domain:
     def map(self, extents: Extents, max_lg2: int | None = None) -> None:
         """Map all of ``extents`` (iommu_map for each run). A table that can grow does so where they need it.
 
-        :raises SysError: ENOMEM, EADDRINUSE, ERANGE; nothing is mapped then.
+        :raises SysError: EINVAL: neither to be read nor written; ENOMEM, EADDRINUSE, ERANGE. Nothing is
+            mapped then.
         """
+        if not extents.prot.all():  # VFIO_IOMMU_MAP_DMA lets it come so far; NS_MAP of generic_pt/iommu_pt.h
+            raise SysError(
+                errno.EINVAL, f"domain {self.domain_id}: a leaf that can neither be read nor written"
+            )
         for i in range(len(extents) if self.proof is not None else 0):
             self._believed(int(extents.iova[i]), int(extents.last[i]))
         try:
@@ -381,6 +402,8 @@ class Iommu(ABC):
     MODES: ClassVar[tuple[str, ...]]
     #: the first id that a paging domain gets
     FIRST_ID: ClassVar[int] = 1
+    #: its domains make DMA snoop the CPU's caches (IOMMU_CAP_ENFORCE_CACHE_COHERENCY)
+    ENFORCES_COHERENCY: ClassVar[bool] = False
     #: IOVAs that no area may have where a device is attached (iommu_get_resv_regions)
     RESERVED: ClassVar[tuple[Range, ...]] = ()
     #: pa of the registers in the records, where firmware's tables would have them

@@ -27,12 +27,13 @@ from iokeep.soft.kernel.hwpt import (
     iommufd_hwpt_invalidate,
     iommufd_hwpt_set_dirty_tracking,
 )
-from iokeep.soft.kernel.ioas import Ioas, Piece
+from iokeep.soft.kernel.ioas import Ioas, Piece, unmap_last
 from iokeep.soft.kernel.mmaps import Mmaps
 from iokeep.soft.kernel.objects import IommufdObject
 from iokeep.soft.kernel.pages import ULONG_MAX, Pages
 from iokeep.soft.kernel.process import Backing, Vma, backing_of
 from iokeep.soft.kernel.syserror import SysError
+from iokeep.soft.kernel.vfio_compat import vfio_ioctl
 from iokeep.soft.kernel.viommu import (
     Viommu,
     iommufd_hw_queue_alloc_ioctl,
@@ -194,10 +195,10 @@ class Iommufd(File):
     # ---- ioctl
 
     def ioctl(self, call: Ioctl) -> int:
-        """iommufd_fops_ioctl. :raises SysError: ENOTTY for what is not in the table."""
+        """iommufd_fops_ioctl. :raises SysError: ENOTTY for what is in no table."""
         handler = _HANDLERS.get(call.request)
         if handler is None:
-            raise SysError(errno.ENOTTY, f"/dev/iommu has no ioctl {call.request:#x}")
+            return vfio_ioctl(self, call)
         try:
             cmd = copy_struct_in(IOMMU_IOCTLS[call.request].struct, call.raw)
         except OSError as error:
@@ -307,19 +308,8 @@ def iommufd_ioas_map(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_ioas_map) -> No
     _below_max(iova=cmd.iova, length=cmd.length)
     prot = _map_prot(cmd.flags)
     ioas = ictx.ioas(cmd.ioas_id)
-    # iopt_alloc_user_pages
-    if cmd.user_va + cmd.length > ULONG_MAX:
-        raise SysError(errno.EOVERFLOW, f"user_va {cmd.user_va:#x} + {cmd.length:#x}")
-    start_byte = cmd.user_va % FRAME_BYTES
-    pages = Pages(
-        ictx.kernel,
-        start_byte,
-        cmd.length,
-        writable=bool(prot & PROT_W),
-        process=call.process,
-        uptr=cmd.user_va - start_byte,
-    )
-    cmd.iova = _map(ioas, pages, start_byte, cmd, prot)
+    iova = cmd.iova if cmd.flags & uapi.IOMMU_IOAS_MAP_FIXED_IOVA else None
+    cmd.iova = ioas.map_user(call.process, cmd.user_va, cmd.length, iova, prot)
     call.respond(cmd)
 
 
@@ -346,13 +336,9 @@ def iommufd_ioas_map_file(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_ioas_map_f
         file=file,
         offset=cmd.start - start_byte,
     )
-    cmd.iova = _map(ioas, pages, start_byte, cmd, prot)
-    call.respond(cmd)
-
-
-def _map(ioas: Ioas, pages: Pages, start_byte: int, cmd: Any, prot: int) -> int:
     iova = cmd.iova if cmd.flags & uapi.IOMMU_IOAS_MAP_FIXED_IOVA else None
-    return ioas.map_pieces([Piece(pages, start_byte, cmd.length)], cmd.length, iova, prot)
+    cmd.iova = ioas.map_pieces([Piece(pages, start_byte, cmd.length)], cmd.length, iova, prot)
+    call.respond(cmd)
 
 
 def iommufd_ioas_copy(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_ioas_copy) -> None:
@@ -386,15 +372,6 @@ def iommufd_ioas_unmap(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_ioas_unmap) -
     if not cmd.length and not everything:
         raise SysError(errno.ENOENT, f"IOAS {ioas.id}: nothing is mapped in {cmd.iova:#x} ... {last:#x}")
     call.respond(cmd)
-
-
-def unmap_last(iova: int, length: int) -> int:
-    """The last IOVA of an unmap (iopt_unmap_iova). :raises SysError: EINVAL, EOVERFLOW."""
-    if not length:
-        raise SysError(errno.EINVAL, "UNMAP of nothing")
-    if iova + length - 1 > ULONG_MAX:
-        raise SysError(errno.EOVERFLOW, f"iova {iova:#x} + {length:#x}")
-    return iova + length - 1
 
 
 def iommufd_ioas_change_process(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_ioas_change_process) -> None:

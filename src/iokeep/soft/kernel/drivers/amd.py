@@ -106,6 +106,8 @@ class AmdVi(Iommu):
 
     NAME = "AMD-Vi"
     MODES = ("v1",)
+    #: IOMMU_PTE_FC is always set (amd_iommu_enforce_cache_coherency)
+    ENFORCES_COHERENCY = True
     #: MSI_RANGE_START and HT_RANGE_START ... (amd_iommu_get_resv_regions)
     RESERVED = (Range(0xFEE00000, 0xFEEFFFFF), Range(0xFD_0000_0000, 0xFF_FFFF_FFFF))
     REGISTER_BASE = 0xFED80000
