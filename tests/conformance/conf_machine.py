@@ -65,6 +65,12 @@ class SoftMachine:
         self.host.check()
         return self.host.kernel.warnings
 
+    def process(self):
+        """A second process."""
+        from conf_process import SoftProcess
+
+        return SoftProcess(self.host)
+
     def close(self):
         self.transport.disconnect()
         audit = self.host.audit()
@@ -115,6 +121,12 @@ class KernelMachine:
         with contextlib.suppress(OSError):
             return int(Path("/proc/sys/kernel/tainted").read_text()) & (_TAINT_WARN | _TAINT_DIE)
         return 0
+
+    def process(self):
+        """A second process."""
+        from conf_process import ForkedProcess
+
+        return ForkedProcess()
 
     def close(self):
         """Descriptors are closed by who opened them."""

@@ -19,8 +19,9 @@ from conf_trace_access import AccessSteps, Impossible
 from conf_trace_access import makers as access_makers
 from conf_trace_access import opening as access_opening
 
-#: bytes of each memfd, and of the window of the first that user mappings show
-FILE_BYTES = 2 * HUGE
+#: bytes of each memfd; the last is mapped as user memory only, in a window from a huge page's border on
+FILE_BYTES = (2 * HUGE, 2 * HUGE, 4 * HUGE)
+USER = 2
 DEVICES = 3
 #: what every trace with mock devices ends with
 LAST = [["check"], ["pins"]]
@@ -184,13 +185,13 @@ class Run(AccessSteps):
         env = self.env
         try:
             self.iommufd = env.iommu()
-            self.files = [env.memfd(FILE_BYTES) for _ in range(2)]
-            self.maps = [env.mmap(fd, FILE_BYTES) for fd in self.files]
+            self.files = [env.memfd(size) for size in FILE_BYTES]
+            self.maps = [env.mmap(*each) for each in zip(self.files, FILE_BYTES, strict=True)]
         except BaseException:
             env.__exit__()
             raise
-        # a place of the first mapping that is aligned as a huge page is, on every machine
-        self.window = -(-self.maps[0].hva // HUGE) * HUGE - self.maps[0].hva
+        # a place of that mapping that is aligned as a huge page is, on every machine
+        self.window = -(-self.maps[USER].hva // HUGE) * HUGE - self.maps[USER].hva
 
     def __enter__(self):
         return self
@@ -201,7 +202,7 @@ class Run(AccessSteps):
     @staticmethod
     def fits(piece):
         """Whether a piece of an area lies in its file."""
-        return piece.start + piece.length <= FILE_BYTES
+        return piece.start + piece.length <= FILE_BYTES[piece.file]
 
     def ioas(self, number):
         ids = sorted(self.shadow.areas)
@@ -232,10 +233,10 @@ class Run(AccessSteps):
 
     def do_map(self, number, start, length, at, flags):
         ioas = self.ioas(number)
-        start = self.window + start % (FILE_BYTES - self.window)
-        hva = self.maps[0].hva + start
+        start += self.window
+        hva = self.maps[USER].hva + start
         answer = outcome(self.env.map, self.iommufd, ioas, hva, length, at, flags)
-        return self._mapped(ioas, answer, at, [Area(0, length, 0, start, bool(flags & W))], flags)
+        return self._mapped(ioas, answer, at, [Area(0, length, USER, start, bool(flags & W))], flags)
 
     def do_copy(self, to, number, source, length, at, flags):
         target, ioas = self.ioas(to), self.ioas(number)
