@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables read as runs by compiled code: extents and diff say what NumPy says, for every format, damaged or
-not.
+"""Tables read as runs, by compiled code and by NumPy: extents and diff say what the general code says, for
+every format, damaged or not.
 """
+
+from contextlib import contextmanager
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from hypothesis import strategies as st
 
 from iokeep.errors import InputError, MemoryAbsent
 from iokeep.pt import diff as diff_module
+from iokeep.pt import leaves as leaves_module
 from iokeep.pt import runs
 from iokeep.pt.diff import diff
 from iokeep.pt.extents import Extents
@@ -87,6 +91,25 @@ def damage(data, built, want, where=None):
     return done
 
 
+@contextmanager
+def general():
+    """Nothing is read as runs."""
+    with mock.patch.object(runs, "readable", return_value=False):
+        yield
+
+
+#: any number of tables is worth a look by NumPy
+small = mock.patch.object(leaves_module, "PLAIN_TABLES", 1)
+
+
+def every_way(job):
+    """What a job says by the general code, by NumPy and compiled. :param job: takes ``compiled``."""
+    with general():
+        said = [outcome(lambda: job(False))]
+    with small:
+        return [*said, *(outcome(lambda c=c: job(c)) for c in (False, True))]
+
+
 def outcome(job, *kinds):
     """What it returns, or what it raises."""
     try:
@@ -104,15 +127,14 @@ def test_extents(new_table, data, which, seed):
     built.table.map(want, max_lg2=data.draw(st.sampled_from([None, fmt.levels[0].shift])))
     damage(data, built, want)
     said = []
-    for compiled in (False, True):
-        found = outcome(lambda c=compiled: extents(*built.args, compiled=c, threads=2))
+    for found in every_way(lambda c: extents(*built.args, compiled=c, threads=2)):
         if isinstance(found[0], Extents):
             e, bad = found
             columns = ("iova", "last", "reason", "level", "at", "item")
             problems = sorted(zip(*(getattr(bad, c).tolist() for c in columns), strict=True))
             found = rows_of(e), problems
         said.append(found)
-    assert said[0] == said[1]
+    assert said[0] == said[1] == said[2]
 
 
 @settings(max_examples=80)
@@ -130,12 +152,12 @@ def test_diff(new_table, data, which, seed):
     done = damage(data, a, want)
     damage(data, b, want, where=data.draw(st.sampled_from([done, None, []])))
     args = (*a.args, *b.args)
-    said = [outcome(lambda c=c: diff(*args, compiled=c, threads=2)) for c in (False, True)]
-    assert said[0] == said[1]
+    said = every_way(lambda c: diff(*args, compiled=c, threads=2))
+    assert said[0] == said[1] == said[2]
 
 
 def test_equal_tables_need_no_general_code(new_table, monkeypatch):
-    """Tables of one run and tables of pages are compared by compiled code alone, exactly."""
+    """Tables of one run and tables of pages are compared without the general code, exactly."""
     fmt = FORMATS[0]
     order = np.random.default_rng(1).permutation(1024).tolist()
     pages = [(n << 12, (n << 12) + 0xFFF, (1 << 30) + (to << 12), 3) for n, to in enumerate(order)]
@@ -150,16 +172,19 @@ def test_equal_tables_need_no_general_code(new_table, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(diff_module, "extents", refuse)
         verdict = diff(*a.args, *b.args, compiled=True)
+        assert verdict == diff(*a.args, *b.args, compiled=False)
     assert verdict.equal
     assert verdict.pages == want.mapped_bytes >> 12
-    assert verdict == diff(*a.args, *b.args, compiled=False)
+    with general():
+        assert verdict == diff(*a.args, *b.args, compiled=True)
     # Every bit of every word counts.
     for iova in (5 << 12, 1 << 30, (1 << 30) + (7 << 21) + (511 << 12)):
         at = walk(*b.args, iova).steps[-1][1]
         item = b.ram.load64(at)
         for bit in range(64):
             b.ram.store64(at, item ^ 1 << bit)
-            assert diff(*a.args, *b.args, compiled=True) == diff(*a.args, *b.args, compiled=False), bit
+            said = every_way(lambda c: diff(*a.args, *b.args, compiled=c))
+            assert said[0] == said[1] == said[2], bit
         b.ram.store64(at, item)
 
 
@@ -177,6 +202,9 @@ def test_what_linux_writes_is_runs_and_pages(fmt, new_table):
         said, left = runs.extents_of(tm, upper.tables(fmt))
         assert not len(left)
         assert len(said) == (1 if len(upper.base) else 0)
+        by_numpy, left = runs.extents_of(tm, upper.tables(fmt), compiled=False)
+        assert not len(left)
+        assert rows_of(by_numpy) == rows_of(said)
     built = new_table(fmt)
     built.table.map(Extents.of([(n * page, n * page + page - 1, (n ^ 3) * page, 1) for n in range(0, 90, 2)]))
     tm = TableMemory(fmt, built.ram)

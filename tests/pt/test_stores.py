@@ -13,8 +13,8 @@ from iokeep.pt.kernels import compiled
 
 
 @compiled
-def _copy(room, begin, row):
-    stores.stream(room[begin : begin + len(row)], row)
+def _copy(room, begin, length, row):
+    stores.stream(room[begin : begin + length], row)
     stores.done()
 
 
@@ -22,10 +22,10 @@ def _copy(room, begin, row):
 @pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 8, 511, 512])
 def test_stream(begin, length):
     room = np.full(600, 7, np.uint64)
-    row = np.random.default_rng(length).integers(0, 2**64, length, np.uint64)
+    row = np.random.default_rng(length).integers(0, 2**64, 520, np.uint64)
     want = room.copy()
-    want[begin : begin + length] = row
-    _copy(room, begin, row)
+    want[begin : begin + length] = row[:length]
+    _copy(room, begin, length, row)
     assert np.array_equal(room, want)
 
 
@@ -35,9 +35,9 @@ def test_other_types_are_no_stores():
     from numba.core.errors import TypingError
 
     with pytest.raises(TypingError):
-        _copy(np.zeros(8, np.int64), 0, np.zeros(4, np.uint64))
+        _copy(np.zeros(8, np.int64), 0, 4, np.zeros(4, np.uint64))
     with pytest.raises(TypingError):
-        _copy(np.zeros(8, np.uint64), 0, np.zeros(4, np.uint32))
+        _copy(np.zeros(8, np.uint64), 0, 4, np.zeros(4, np.uint32))
 
 
 def test_without_a_compiler_they_are_plain():
@@ -45,7 +45,7 @@ def test_without_a_compiler_they_are_plain():
         "import numpy as np\n"
         "from iokeep.pt import stores\n"
         "room = np.zeros(9, np.uint64)\n"
-        "stores.stream(room[1:4], np.arange(3, dtype=np.uint64))\n"
+        "stores.stream(room[1:4], np.arange(5, dtype=np.uint64))\n"
         "stores.done()\n"
         "print(room.tolist())\n"
     )

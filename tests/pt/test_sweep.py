@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iokeep.mem.ram import Ram
-from iokeep.pt import fill, kernels, runs, sums, sweep
+from iokeep.pt import fill, kernels, run_kernels, sum_kernels, sweep
 from iokeep.pt.build import Table
 from iokeep.pt.compare import clip_extents
 from iokeep.pt.diff import diff
@@ -267,13 +267,13 @@ WORDS = {
     "wrong", "want", "word", "start", "end", "at", "odd", "pa0", "pa1", "top", "total", "bad", "to", "ref",
     "same", "item", "sum_x", "sum_y", "sum_k", "sum_l", "differ", "there", "slot",
     "stop", "begin", "upper", "span", "f", "z", "p", "lo", "hi", "page", "group", "prior", "follows",
-    "number", "expect",
+    "number", "expect", "g", "factor", "key", "next_iova", "next_pa", "sort", "whole", "outside",
 }  # fmt: skip
 COLUMNS = ("iova", "last", "pa", "prot")
 #: kernels that the test below compiles
 NAMES = {
-    "_plan", "_runs", "_mixed", "_alike", "_how_many", "_owners", "_count", "_holed", "_pages", "_write",
-    "_pairs", "_ramps", "_add_up",
+    "_plan", "_runs", "_mixed", "_alike", "_how_many", "_owners", "_count", "_pages", "_ramps", "_add_up",
+    "read_runs", "read_pages", "write_pages", "compare_pages", "join_runs", "sum_alike", "sum_holed", "weigh",
 }  # fmt: skip
 
 
@@ -298,7 +298,7 @@ def test_no_signed_word_and_no_float(new_table):
     seen = set()
     assert diff(*built.args, *built.args, compiled=True).equal
     extents(*built.args, compiled=True)
-    for module in (fill, kernels, runs, sweep, sums):
+    for module in (fill, kernels, run_kernels, sweep, sum_kernels):
         for name, called in vars(module).items():
             kernel = getattr(called, "__wrapped__", called)
             for signature in getattr(kernel, "signatures", []):

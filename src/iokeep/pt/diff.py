@@ -55,22 +55,21 @@ def diff(
     nothing on either side. A bad item of A (reserved bits, attributes) is a mismatch as one of B is. Memory
     attributes are compared as far as both formats can say them (``attributes.compare_tables``).
 
-    The comparison is exact in every way: what compiled code reads as runs and pages is compared as such, not
-    by a digest; where anything differs, or is not sound, the general code has the word.
+    The comparison is exact in every way: what is read as runs and pages is compared as such, not by a digest;
+    where anything differs, or is not sound, the general code has the word.
 
     :param limit: so many mismatches and layout ranges are named; all are counted.
     :param compiled: by Numba (True), by NumPy alone (False), or by size (None). The result is the same.
     :param threads: of the compiled code; None = as ``kernels.thread_count`` says.
     :raises MemoryAbsent, InputError: a table of A, or the root of B, is absent; or no table at all.
     """
-    if compiled is not False:
-        a = _Side.of(fmt_a, mem_a, root_a, compiled)
-        raise_unreadable(fmt_a, a.upper.problems)
-        b = _Side.of(fmt_b, mem_b, root_b, compiled)
-        if by_kernels(len(a.upper.row) * fmt_a.table_bytes + len(b.upper.row) * fmt_b.table_bytes, compiled):
-            equal = _equal(a, b, limit, threads)
-            if equal is not None:
-                return equal
+    a = _Side.of(fmt_a, mem_a, root_a, compiled)
+    raise_unreadable(fmt_a, a.upper.problems)
+    b = _Side.of(fmt_b, mem_b, root_b, compiled)
+    size = len(a.upper.row) * fmt_a.table_bytes + len(b.upper.row) * fmt_b.table_bytes
+    equal = _equal(a, b, limit, threads, compiled=by_kernels(size, compiled))
+    if equal is not None:
+        return equal
     expected, problems = extents(fmt_a, mem_a, root_a, compiled=compiled, threads=threads)
     traits_a, traits_b = table_traits(fmt_a, mem_a, root_a), table_traits(fmt_b, mem_b, root_b)
     attributes = compare_tables(fmt_a, traits_a, fmt_b, traits_b)
@@ -134,23 +133,25 @@ def _paired(a: _Side, runs_a: Runs, b: _Side, runs_b: Runs) -> tuple[I64, I64]:
     return of_a[at_a], of_b[at_b]
 
 
-def _equal(a: _Side, b: _Side, limit: int, threads: int | None) -> Verdict | None:
+def _equal(a: _Side, b: _Side, limit: int, threads: int | None, *, compiled: bool) -> Verdict | None:
     """The verdict on tables that translate the same and are sound; None = they may not be."""
-    from iokeep.pt import runs as compiled
+    from iokeep.pt import runs
 
     if len(a.upper.problems) or len(b.upper.problems):
         return None
     fmt_a, fmt_b = a.tm.fmt, b.tm.fmt
-    if not compiled.readable(a.tm) or not compiled.readable(b.tm):
+    if not runs.readable(a.tm) or not runs.readable(b.tm):
         return None
     of_a, of_b = a.upper.tables(fmt_a), b.upper.tables(fmt_b)
-    runs_a, runs_b = compiled.runs_of(a.tm, of_a, threads), compiled.runs_of(b.tm, of_b, threads)
+    runs_a = runs.runs_of(a.tm, of_a, threads, compiled=compiled)
+    runs_b = runs.runs_of(b.tm, of_b, threads, compiled=compiled)
     left_a, left_b = np.flatnonzero(runs_a.state == OTHER), np.flatnonzero(runs_b.state == OTHER)
     pages = 0
     if fmt_a == fmt_b and len(left_a) and len(left_b):
         at_a, at_b = _paired(a, runs_a, b, runs_b)
         if len(at_a):
-            same, pages = compiled.same_pages(a.tm, of_a, at_a, b.tm, of_b, at_b, threads)
+            pair = (a.tm, of_a, at_a, b.tm, of_b, at_b)
+            same, pages = runs.same_pages(*pair, threads, compiled=compiled)
             left_a = np.setdiff1d(left_a, at_a[same], assume_unique=True)
             left_b = np.setdiff1d(left_b, at_b[same], assume_unique=True)
     if len(left_a) + len(left_b) > _LEFT and len(left_a) + len(left_b) > len(runs_a.base) // 8:

@@ -38,8 +38,8 @@ from iokeep.mem.memory import I64, Memory
 from iokeep.pt.choice import worth_compiled
 from iokeep.pt.extents import U8, U64, Extents
 from iokeep.pt.formats.base import Format
-from iokeep.pt.leaves import LargeRuns, Leaves, kernels_down
-from iokeep.pt.tables import TableMemory, Upper, descend, expand, raise_unreadable
+from iokeep.pt.leaves import PLAIN_TABLES, LargeRuns, Leaves, kernels_down
+from iokeep.pt.tables import TableMemory, descend, expand, raise_unreadable
 
 KEY_BYTES = 16
 DIGEST_BYTES = 32
@@ -69,20 +69,10 @@ def _mix(z: U64) -> U64:
 
 
 class _Lane:
-    """Keys of one sum; prefix sums have 513 places: sum over slots below i."""
+    """Keys of one sum, for whole pages and tables."""
 
     def __init__(self, page: U64, table: U64, salt: np.uint64) -> None:
-        slot = np.arange(_SLOTS, dtype=np.uint64)
-        zero = np.zeros(1, np.uint64)
-
-        def sums(values: U64) -> U64:
-            return np.concatenate((zero, np.cumsum(values, dtype=np.uint64)))
-
-        self.page = page
-        self.salt = salt
-        self.table = np.concatenate((table, zero))
-        self.pages, self.pages_by_slot = sums(page), sums(page * slot)
-        self.tables, self.tables_by_slot = sums(table), sums(table * slot)
+        self.page, self.table, self.salt = page, table, salt
 
     def block(self, g: U64) -> U64:
         """Factor of each block of 1 GiB."""
@@ -100,33 +90,53 @@ class _Lane:
         factor *= np.take(self.table, (v & _u(_SLOTS - 1)).view(np.int64), mode="clip")
         return factor
 
-    def below(self, q: U64) -> tuple[U64, U64]:
+
+class _Keys:
+    """Keys of both sums, X in row 0 and Y in row 1, for runs of pages; prefix sums have 513 places: sum over
+    slots below i.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        if len(key) != KEY_BYTES:
+            raise ValueError(f"a digest key has {KEY_BYTES} bytes, not {len(key)}")
+        stream = hashlib.shake_256(_PERSON + key).digest(8 * (4 * _SLOTS + 2))
+        words = np.frombuffer(stream, "<u8").astype(np.uint64)
+        odd = (words[: 4 * _SLOTS] | _u(1)).reshape(2, 2, _SLOTS)
+        page, table = odd[:, 0], odd[:, 1]
+        slot = np.arange(_SLOTS, dtype=np.uint64)
+        sums = np.zeros((4, 2, _SLOTS + 1), np.uint64)
+        np.cumsum((page, page * slot, table, table * slot), axis=2, out=sums[..., 1:])
+        self._pages, self._pages_by_slot, self._tables, self._tables_by_slot = sums
+        self._table = np.zeros((2, _SLOTS + 1), np.uint64)  # a run may end with the last slot
+        self._table[:, :_SLOTS] = table
+        self._salt = words[-2:, None]
+        self.lanes = tuple(_Lane(page[n], self._table[n], words[n - 2]) for n in (0, 1))
+
+    def _below(self, q: U64) -> tuple[U64, U64]:
         """Sums over the pages below the q-th of a block of 1 GiB: of the factors, and of number * factor."""
         j, i = (q >> _u(9)).view(np.int64), (q & _u(_SLOTS - 1)).view(np.int64)
-        part, whole = self.table[j], self.pages[_SLOTS]
-        plain = self.tables[j] * whole + part * self.pages[i]
-        base = j.view(np.uint64) << _u(9)
-        numbered = (self.tables_by_slot[j] << _u(9)) * whole + self.tables[j] * self.pages_by_slot[_SLOTS]
-        return plain, numbered + part * (base * self.pages[i] + self.pages_by_slot[i])
+        part, before = self._table[:, j], self._tables[:, j]
+        pages, whole = self._pages[:, i], self._pages[:, -1:]
+        numbered = (self._tables_by_slot[:, j] << _u(9)) * whole + before * self._pages_by_slot[:, -1:]
+        inner = (j.view(np.uint64) << _u(9)) * pages + self._pages_by_slot[:, i]
+        return before * whole + part * pages, numbered + part * inner
 
-    def runs(self, q: U64, length: U64, g: U64, word: U64, step: int) -> int:
-        """Sum over pieces within one block each: from page q, with words that grow by ``step``."""
-        plain0, numbered0 = self.below(q)
-        plain1, numbered1 = self.below(q + length)
-        total = (word - _u(step) * q) * (plain1 - plain0) + _u(step) * (numbered1 - numbered0)
-        return int(np.add.reduce(total * self.block(g), dtype=np.uint64))
+    def runs(self, first: U64, length: U64, word: U64) -> tuple[int, int]:
+        """X and Y of pieces within one block each.
 
-
-def _lanes(key: bytes) -> tuple[_Lane, _Lane]:
-    if len(key) != KEY_BYTES:
-        raise ValueError(f"a digest key has {KEY_BYTES} bytes, not {len(key)}")
-    stream = hashlib.shake_256(_PERSON + key).digest(8 * (4 * _SLOTS + 2))
-    words = np.frombuffer(stream, "<u8").astype(np.uint64)
-    odd = (words[: 4 * _SLOTS] | _u(1)).reshape(4, _SLOTS)
-    return _Lane(odd[0], odd[1], words[-2]), _Lane(odd[2], odd[3], words[-1])
+        :param word: uint64[2, n] of their first pages; with each page it grows by 4, and by 4 * 2**20.
+        """
+        q, n = first & _u((1 << _BLOCK) - 1), len(first)
+        plain, numbered = self._below(np.concatenate((q, q + length)))
+        step = np.array([[4], [4 << _FOLD]], np.uint64)
+        total = (word - step * q) * (plain[:, n:] - plain[:, :n]) + step * (numbered[:, n:] - numbered[:, :n])
+        total *= _mix((first >> _u(_BLOCK)) ^ self._salt) | _u(1)
+        x, y = np.add.reduce(total, axis=1, dtype=np.uint64).tolist()
+        return x, y
 
 
-def _fold(n: U64) -> U64:
+def fold(n: U64) -> U64:
+    """Frame numbers with their low 20 bits above the others."""
     return ((n & _u((1 << _FOLD) - 1)) << _u(_FOLD)) + (n >> _u(_FOLD))
 
 
@@ -137,7 +147,8 @@ class Digest:
     """
 
     def __init__(self, key: bytes, sums: tuple[int, int, int] = (0, 0, 0)) -> None:
-        self.lanes = _lanes(key)
+        self._keys = _Keys(key)
+        self.lanes = self._keys.lanes
         self._key = key
         self._sums = list(sums)
 
@@ -213,18 +224,18 @@ class Digest:
 
     def _pieces(self, first: U64, length: U64, n: U64, prot: U8, total: list[int]) -> None:
         """Add the sums of pieces within one block and one fold each."""
-        q, g, four = first & _u((1 << _BLOCK) - 1), first >> _u(_BLOCK), _u(4)
+        word = (np.stack((n, fold(n))) << _u(2)) + prot
         if bool((length == 1).all()):
             v, slot = first >> _u(9), (first & _u(_SLOTS - 1)).view(np.int64)
-            for lane, word in enumerate((four * n + prot, four * _fold(n) + prot)):
-                keys = self.lanes[lane]
-                word *= np.take(keys.page, slot, mode="clip")
-                word *= keys.weights(v)
-                total[lane] += int(np.add.reduce(word, dtype=np.uint64))
+            for lane, keys in enumerate(self.lanes):
+                word[lane] *= np.take(keys.page, slot, mode="clip")
+                word[lane] *= keys.weights(v)
+                total[lane] += int(np.add.reduce(word[lane], dtype=np.uint64))
             total[2] += len(n)
             return
-        total[0] += self.lanes[0].runs(q, length, g, four * n + prot, 4)
-        total[1] += self.lanes[1].runs(q, length, g, four * _fold(n) + prot, 4 << _FOLD)
+        x, y = self._keys.runs(first, length, word)
+        total[0] += x
+        total[1] += y
         total[2] += int(length.sum())
 
     def add_tables(self, base: U64, x: U64, y: U64, pages: int) -> None:
@@ -289,24 +300,26 @@ def digest_of(
     raise_unreadable(fmt, upper.problems)
     for found in (*large.extents(), Leaves.of(fmt, upper.leaves).extents()):
         out.add(found)
-    spec = fmt.levels[0]
-    size = len(upper.base) * fmt.table_bytes
-    compiled = worth_compiled(compiled, "sums", size, COMPILED_WARM, COMPILED_COLD)
+    spec, tables = fmt.levels[0], upper.tables(fmt)
+    compiled = worth_compiled(
+        compiled, "sum_kernels", len(tables) * fmt.table_bytes, COMPILED_WARM, COMPILED_COLD
+    )
     blocks = (spec.shift, spec.index_bits) == (12, 9)
-    left = np.arange(len(upper.base))
-    if compiled and tm.plain and tm.parts[0] == 1 and not spec.pa_pieces:
+    left = np.arange(len(tables))
+    if len(tables) >= (1 if compiled else PLAIN_TABLES):
         from iokeep.pt import runs, sums
 
-        if runs.readable(tm):  # a table that is one run costs no sum
-            read = runs.runs_of(tm, upper.tables(fmt), threads)
-            out.add(read.extents(spec))
-            left = np.flatnonzero(read.state == runs.OTHER)
-        if blocks and len(left):
-            left = sums.add_tables(out, tm, upper, left, threads)
-    elif blocks and fmt.in_words:
-        _add_words(out, tm, upper)
-        return out
+        if runs.readable(tm):
+            if not blocks or runs.likely(tm, tables):  # a table that is one run costs no sum
+                read = runs.runs_of(tm, tables, threads, compiled=compiled)
+                out.add(read.extents(spec))
+                left = np.flatnonzero(read.state == runs.OTHER)
+            if blocks and len(left):
+                left = sums.add_tables(out, tm, upper, left, threads, compiled=compiled)
     parts = (upper.base[left], upper.pa[left], upper.row[left], upper.prot[left])
+    if blocks and fmt.in_words:
+        _add_words(out, tm, parts[0], parts[2], parts[3])
+        return out
     for items, _ in expand(tm, *parts):
         out.add(_living(Leaves.of(fmt, items)))
     return out
@@ -318,13 +331,13 @@ def _living(leaves: Leaves) -> Extents:
     return Extents(leaves.iova[alive], leaves.last[alive], leaves.pa[alive], leaves.prot[alive])
 
 
-def _add_words(out: Digest, tm: TableMemory, upper: Upper) -> None:
-    """Count the tables of level 0 by NumPy, in formats that are all in words."""
-    base = tm.fmt.extend(upper.base)
+def _add_words(out: Digest, tm: TableMemory, base: U64, row: I64, prot: U8) -> None:
+    """Count tables of level 0 by NumPy, in formats that are all in words."""
+    base = tm.fmt.extend(base)
     step = 64
     for lo in range(0, len(base), step):
         part = slice(lo, lo + step)
-        a, b, pages = _words(tm, upper.row[part], upper.prot[part])
+        a, b, pages = _words(tm, row[part], prot[part])
         out.add_tables(base[part], a @ out.lanes[0].page, b @ out.lanes[1].page, pages)
 
 
@@ -341,7 +354,7 @@ def _words(tm: TableMemory, row: I64, prot: U8) -> tuple[U64, U64, int]:
     n = (items & _u(spec.leaf_pa_mask)) >> _u(12)
     dead = grants == 0
     a = (n << _u(2)) | grants
-    b = (_fold(n) << _u(2)) | grants
+    b = (fold(n) << _u(2)) | grants
     pages = grants.size
     if dead.any():
         a[dead] = 0

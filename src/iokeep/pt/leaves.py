@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 #: tables from so many bytes on are read by compiled code, where it is loaded and where it is not
 COMPILED_WARM = 1 << 20
 COMPILED_COLD = 32 << 20
+#: so many tables are worth a look by NumPy whether each is one run
+PLAIN_TABLES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +152,7 @@ def leaves(fmt: Format, mem: Memory, root_pa: int, start: int = 0, last: int | N
 
 def by_kernels(tables: int, asked: bool | None) -> bool:
     """Whether so many bytes of tables are read by compiled code: as asked, or (None) where that is faster."""
-    return worth_compiled(asked, "runs", tables, COMPILED_WARM, COMPILED_COLD)
+    return worth_compiled(asked, "run_kernels", tables, COMPILED_WARM, COMPILED_COLD)
 
 
 def kernels_down(asked: bool | None) -> Alike | None:
@@ -175,13 +177,14 @@ class LargeRuns:
     def __call__(self, tables: Tables) -> NDArray[np.bool_]:
         """Which tables are such a run."""
         tm, level = self.tm, tables.level
-        if not by_kernels(len(tables) * tm.fmt.bytes_of(level), self.compiled):
+        compiled = by_kernels(len(tables) * tm.fmt.bytes_of(level), self.compiled)
+        if not compiled and len(tables) < PLAIN_TABLES:
             return np.zeros(len(tables), np.bool_)
         from iokeep.pt import runs
 
         if not runs.readable(tm, level):
             return np.zeros(len(tables), np.bool_)
-        found = runs.runs_of(tm, tables, self.threads)
+        found = runs.runs_of(tm, tables, self.threads, compiled=compiled)
         self.found.append(found)
         return np.asarray(found.state == runs.RUN, np.bool_)
 
@@ -214,11 +217,12 @@ def extents(
     if len(upper.leaves):
         parts.append(Leaves.of(fmt, upper.leaves).extents())
     tables = upper.base, upper.pa, upper.row, upper.prot
-    if len(upper.base) and by_kernels(len(upper.base) * fmt.table_bytes, compiled):
+    kernels = by_kernels(len(upper.base) * fmt.table_bytes, compiled)
+    if len(upper.base) >= (1 if kernels else PLAIN_TABLES):
         from iokeep.pt import runs
 
         if runs.readable(tm):
-            most, left = runs.extents_of(tm, upper.tables(fmt), threads)
+            most, left = runs.extents_of(tm, upper.tables(fmt), threads, compiled=kernels)
             parts.append(most)
             tables = upper.base[left], upper.pa[left], upper.row[left], upper.prot[left]
     for found, bad in expand(tm, *tables):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of leaves as runs, compiled; imported only for big tables. ``extents``, ``digest`` and ``diff`` use
-it.
+"""Tables of leaves as runs: ``extents``, ``digest`` and ``diff`` read them so. By compiled loops
+(``run_kernels``) where tables are big, else by NumPy, a few tables at a time; no Numba is imported for that.
 
 Most tables hold one run: items that grant the same and whose OAs follow each other. What such a table
 translates is known from its first item; reading the rest, in the order in which tables lie in memory, only
@@ -8,9 +8,6 @@ proves it. What an item *means* is not said here: the general code (``tables.lea
 every sort, and all tables whose items differ from that one's in nothing but the OA mean the same.
 A table that is no run but whose items grant the same is a table of *pages*; any other is left to the general
 code.
-
-Masks are arguments, so that one set of kernels serves every format with 64-bit little-endian items and the OA
-in one piece. For the arithmetic see ``sweep``.
 """
 
 from __future__ import annotations
@@ -23,189 +20,24 @@ from numpy.typing import NDArray
 from iokeep.mem.memory import I64, U8, U64
 from iokeep.pt.attributes import Attributes, Traits
 from iokeep.pt.extents import Extents
-from iokeep.pt.formats.base import LevelSpec
-from iokeep.pt.kernels import compiled, in_memory_order, over_threads
+from iokeep.pt.formats.base import Format, LevelSpec
 from iokeep.pt.tables import TableMemory, Tables, leaves_of
 
 _ZERO = np.uint64(0)
 _ONE = np.uint64(1)
 _MAX = 2**64 - 1
-_ALL = np.uint64(_MAX)
 #: a cache line of items: most tables that are no run show it there
-_LINE = np.uint64(8)
+_LINE = 8
+#: so many tables are read at once by NumPy: they stay in the second cache with what is made of them
+_FEW = 64
 #: states of a table
 OTHER, RUN, EMPTY, PAGES = 0, 1, 2, 3
 #: tables of more sorts than these are left to the general code
 _SORTS = 256
 #: where columns of output begin, in items: those that begin at one place of a page disturb each other
 _STAGGER = 64
-
-
-@compiled
-def _runs(items: U64, row: I64, sized: U64, masks: U64, place: I64, head: U64, state: U8) -> None:
-    """``state[place[t]]`` = RUN, EMPTY or OTHER; ``head`` the first item.
-
-    :param sized: uint64[c, 3]: an item where (item & [0]) == [1] is one of [2] equal ones, given as a mask of
-        the index. :param masks: step, bits that matter, valid.
-    """
-    step, full, valid = masks[0], masks[1], masks[2]
-    size = np.uint64(items.shape[1])
-    line = min(size, _LINE)
-    for t in range(len(row)):
-        table = items[row[t]]
-        first = table[_ZERO]
-        group = _ALL
-        for c in range(len(sized)):
-            if first & sized[c, 0] == sized[c, 1]:
-                group = sized[c, 2]
-                break
-        wrong = _ZERO
-        said = OTHER
-        if first & valid == _ZERO:
-            for i in range(line):
-                wrong |= table[i] & valid
-            if wrong == _ZERO:
-                for i in range(size):
-                    wrong |= table[i] & valid
-                if wrong == _ZERO:
-                    said = EMPTY
-        else:
-            for i in range(line):
-                wrong |= (table[i] ^ (first + (i & group) * step)) & full
-            if wrong == _ZERO:
-                if group == _ALL:
-                    for i in range(size):
-                        wrong |= (table[i] ^ (first + i * step)) & full
-                else:
-                    for i in range(size):
-                        wrong |= (table[i] ^ (first + (i & group) * step)) & full
-                if wrong == _ZERO:
-                    said = RUN
-        head[place[t]] = first
-        state[place[t]] = said
-
-
-@compiled
-def _pages(
-    items: U64, row: I64, masks: U64, place: I64, head: U64, tail: U64, slots: I64, pieces: I64, odd: U64
-) -> None:
-    """Tables that are no run: ``head`` and ``tail`` are the first and the last item that are there, ``slots``
-    int64[n, 2] their numbers; ``pieces`` counts the runs, ``odd`` has the bits that matter, the OA's aside,
-    in which any item that is there differs from ``head``.
-    """
-    step, same, valid, pa_mask = masks[0], masks[1], masks[2], masks[3]
-    size = np.uint64(items.shape[1])
-    for t in range(len(row)):
-        table = items[row[t]]
-        here = place[t]
-        begin, end = _ZERO, size
-        while begin < size and table[begin] & valid == _ZERO:
-            begin += _ONE
-        while end > begin and table[end - _ONE] & valid == _ZERO:
-            end -= _ONE
-        differ, number = _ZERO, _ZERO
-        if begin < end:
-            first = table[begin]
-            number = _ONE
-            for i in range(begin + _ONE, end):
-                item = table[i]
-                prior = table[i - _ONE]
-                there = _ONE if item & valid != _ZERO else _ZERO
-                follows = (_ONE if prior & valid != _ZERO else _ZERO) & (
-                    _ONE if (prior & pa_mask) + step == item & pa_mask else _ZERO
-                )
-                differ |= (item ^ first) & (_ZERO - there)
-                number += there & ~follows
-            head[here] = first
-            tail[here] = table[end - _ONE]
-        slots[here, 0] = np.int64(begin)
-        slots[here, 1] = np.int64(end) - 1
-        pieces[here] = np.int64(number)
-        odd[here] = differ & same
-
-
-@compiled
-def _write(
-    items: U64, row: I64, base: U64, prot: U8, first: I64, pieces: I64, joins: U8, masks: U64,
-    iova: U64, last: U64, pa: U64, grants: U8,
-) -> None:  # fmt: skip
-    """The extents of tables of pages, from ``first[t]`` on.
-
-    :param joins: bit 0: the first one goes on from the table before, bit 1: the last one goes on in the next.
-    """
-    step, valid, pa_mask, shift, pa_shift = masks[0], masks[2], masks[3], masks[4], masks[5]
-    size = np.uint64(items.shape[1])
-    page = (_ONE << shift) - _ONE
-    for t in range(len(row)):
-        table = items[row[t]]
-        start, grant, index = base[t], prot[t], first[t]
-        if joins[t] == 0 and pieces[t] == items.shape[1]:
-            # An extent an item: columns one after the other, without a branch.
-            i_out, l_out = iova[index : index + pieces[t]], last[index : index + pieces[t]]
-            p_out, g_out = pa[index : index + pieces[t]], grants[index : index + pieces[t]]
-            for i in range(size):
-                i_out[i] = start + (i << shift)
-            for i in range(size):
-                l_out[i] = start + (i << shift) + page
-            for i in range(size):
-                p_out[i] = (table[i] & pa_mask) << pa_shift
-            for i in range(size):
-                g_out[i] = grant
-            continue
-        index -= 1
-        inside, expect, end = False, _ZERO, _ZERO
-        fresh = joins[t] & 1
-        begun = 0
-        for i in range(size):
-            item = table[i]
-            if item & valid == _ZERO:
-                inside = False
-                continue
-            word = item & pa_mask
-            if not inside or word != expect:
-                if begun > 0:
-                    last[index] = end
-                index += 1
-                if begun > 0 or fresh == 0:
-                    iova[index] = start + (i << shift)
-                    pa[index] = word << pa_shift
-                    grants[index] = grant
-                begun += 1
-            inside = True
-            expect = word + step
-            end = start + (i << shift) + page
-        if begun > 0 and joins[t] & 2 == 0:
-            last[index] = end
-
-
-@compiled
-def _pairs(
-    items: U64, row: I64, others: U64, other_row: I64, masks: U64, head: U64, odd: U64, pages: I64
-) -> None:
-    """Tables side by side: ``odd`` has the bits that matter in which they differ, and those, the OA's aside,
-    in which an item that is there differs from ``head``, the first such; ``pages`` counts them.
-    """
-    same, valid, full = masks[1], masks[2], masks[6]
-    size = np.uint64(items.shape[1])
-    for t in range(len(row)):
-        table, other = items[row[t]], others[other_row[t]]
-        first = table[_ZERO]
-        if first & valid == _ZERO:
-            for i in range(size):
-                if table[i] & valid != _ZERO:
-                    first = table[i]
-                    break
-        wrong, number = _ZERO, _ZERO
-        for i in range(size):
-            item = table[i]
-            there = _ONE if item & valid != _ZERO else _ZERO
-            to = other[i]
-            wrong |= ((item ^ to) & full | (item ^ first) & same) & (_ZERO - there)
-            wrong |= to & valid & (there - _ONE)
-            number += there
-        head[t] = first
-        odd[t] = wrong
-        pages[t] = np.int64(number)
+#: room for ranges of runs that most tables need
+_RANGES = 1024
 
 
 def readable(tm: TableMemory, level: int = 0) -> bool:
@@ -215,6 +47,18 @@ def readable(tm: TableMemory, level: int = 0) -> bool:
     plain = tm.plains[level] and tm.parts[level] == 1 and not spec.pa_pieces and not tm.linux
     bad = any(mask & pa for mask, _ in spec.leaf_bad)
     return plain and not bad and all(contig.mask & ~pa for contig in spec.contig)
+
+
+def likely(tm: TableMemory, tables: Tables) -> bool:
+    """Whether most of some tables, looked at here and there, may be runs."""
+    spec = tm.fmt.levels[tables.level]
+    rows = tables.row[:: -(-len(tables) // _FEW)]
+    items = tm.view(tables.level).data.view(np.uint64)[:, :2][rows]
+    step = items[:, 1] - items[:, 0]
+    step &= np.uint64(_same(spec) | spec.leaf_pa_mask)
+    # Pages in a row, or equal items: of a contiguous entry, or absent.
+    runs = (step == np.uint64((1 << spec.shift) >> spec.pa_shift)) | (step == _ZERO)
+    return int(np.count_nonzero(runs)) * 2 >= len(rows)
 
 
 def _same(spec: LevelSpec) -> int:
@@ -260,8 +104,26 @@ _Mean = tuple[bool, int, int, int, int, int]
 _NOTHING: _Mean = (False, 0, 0, 0, 0, 0)
 
 
-def _mean_one(tm: TableMemory, level: int, head: int, above: int, run: bool) -> _Mean:
-    """What one item means, as the general code has it: of a table that is one run, or by itself."""
+#: what sorts of items mean, by format and level, what is granted above, and whether it is a run; the formats
+#: are kept so that an id stands for one
+_KNOWN: dict[tuple[int, int, int, int, bool], tuple[Format, _Mean]] = {}
+
+
+def _mean_one(tm: TableMemory, level: int, key: int, above: int, run: bool) -> _Mean:
+    """What items of one sort mean, as the general code has it: of a table that is one run, or by themselves.
+
+    :param key: an item of this sort whose OA is 0, or its place in a contiguous entry.
+    """
+    place = id(tm.fmt), level, key, above, run
+    known = _KNOWN.get(place)
+    if known is None:
+        if len(_KNOWN) >= 4 * _SORTS:
+            _KNOWN.clear()
+        known = _KNOWN[place] = tm.fmt, _read_one(tm, level, key, above, run)
+    return known[1]
+
+
+def _read_one(tm: TableMemory, level: int, head: int, above: int, run: bool) -> _Mean:
     spec = tm.fmt.levels[level]
     n = spec.items if run else 1
     index = np.arange(n, dtype=np.uint64)
@@ -281,6 +143,32 @@ def _mean_one(tm: TableMemory, level: int, head: int, above: int, run: bool) -> 
     return True, int(leaves.lg2[0]), int(leaves.prot[0]), int(word[0]), int(said[0]), int(kept[0])
 
 
+def _keys(spec: LevelSpec, head: U64, run: bool) -> U64:
+    """Of which sort items are: without their OAs, but for the place in a contiguous entry, which matters to
+    items that may begin a table of them.
+    """
+    same = np.uint64(_same(spec))
+    marked = _marked(spec, head) if run and spec.contig else None
+    if marked is None or not marked.any():
+        return head & same
+    return np.where(marked, head & (same | _inner(spec)), head & same).astype(np.uint64)
+
+
+def _marked(spec: LevelSpec, head: U64) -> NDArray[np.bool_]:
+    """Which items may be part of a contiguous entry: a matter of bits that are the same in all of a sort."""
+    marked = np.zeros(len(head), np.bool_)
+    for contig in spec.contig:
+        mask = contig.mask & ~spec.leaf_pa_mask
+        marked |= (head & np.uint64(mask)) == np.uint64(contig.value & mask)
+    return marked
+
+
+def _inner(spec: LevelSpec) -> np.uint64:
+    """OA bits that are the place in the largest contiguous entry."""
+    largest = spec.shift + max(contig.lg2 for contig in spec.contig)
+    return np.uint64(((1 << largest) - 1) >> spec.pa_shift & spec.leaf_pa_mask)
+
+
 def means(
     tm: TableMemory, head: U64, above: U8, chosen: I64 | None = None, *, run: bool, level: int = 0
 ) -> Means:
@@ -294,34 +182,28 @@ def means(
     sorts: list[_Mean] = [_NOTHING]
     if chosen is not None:
         head, above = head[chosen], above[chosen]
-    same = np.uint64(_same(spec))
-    key = head & same
-    if run and spec.contig:  # the place in a contiguous entry matters to items that may be part of one
-        largest = spec.shift + max(contig.lg2 for contig in spec.contig)
-        inner = np.uint64(((1 << largest) - 1) >> spec.pa_shift & spec.leaf_pa_mask)
-        marked = np.zeros(len(head), np.bool_)
-        for contig in spec.contig:
-            mask = contig.mask & ~spec.leaf_pa_mask
-            marked |= (head & np.uint64(mask)) == np.uint64(contig.value & mask)
-        if marked.any():
-            key = np.where(marked, head & (same | inner), key).astype(np.uint64)
+    key = _keys(spec, head, run)
     for grants in range(4) if len(head) else ():
         of = above == grants
         mine = None if bool(of.all()) else np.flatnonzero(of)
         if mine is not None and not len(mine):
             continue
-        keys, heads = (key, head) if mine is None else (key[mine], head[mine])
+        keys = key if mine is None else key[mine]
         sample, which = np.zeros(1, np.intp), None
         if not bool((keys == keys[0]).all()):
             _, sample, which = np.unique(keys, return_index=True, return_inverse=True)
             if len(sample) > _SORTS:
                 continue
         number = np.int16(len(sorts)) + (np.int16(0) if which is None else which.astype(np.int16))
-        sorts += [_mean_one(tm, level, int(heads[at]), grants, run) for at in sample.tolist()]
+        sorts += [_mean_one(tm, level, int(keys[at]), grants, run) for at in sample.tolist()]
         place: NDArray[np.intp] | I64 | slice = slice(None) if mine is None else mine
         if chosen is not None:
             place = chosen[place]
         sort[place] = number
+    return _means_of(sort, sorts)
+
+
+def _means_of(sort: NDArray[np.int16], sorts: list[_Mean]) -> Means:
     sound, lg2, prot, word, said, keep = zip(*sorts, strict=True)
     return Means(
         sort,
@@ -345,24 +227,38 @@ def _sized(spec: LevelSpec) -> U64:
 
 @dataclass(slots=True)
 class Runs:
-    """Tables of a level: ``state`` uint8[n]; of those that are RUN ``pa`` uint64[n] and what they ``mean``;
-    ``base`` uint64[n] the IOVA of each.
+    """Tables of a level: ``state`` uint8[n]; of those that are RUN what they ``mean``; ``base`` uint64[n] the
+    IOVA of each, ``head`` uint64[n] its first item.
+
+    :param joined: iova, last, pa of the maximal ranges, where all that are RUN are of one sort.
     """
 
     level: int
     state: U8
     base: U64
-    pa: U64
+    head: U64
     mean: Means
+    joined: tuple[U64, U64, U64] | None = None
 
     @property
     def prot(self) -> U8:
         """What each that is RUN grants."""
         return self.mean.prot[self.mean.sort]
 
+    def pa(self, spec: LevelSpec) -> U64:
+        """OA of the first byte of each that is RUN."""
+        pa = spec.leaf_pas(self.head)
+        if spec.contig:  # with its size as it is coded
+            pa &= (~((_ONE << self.mean.lg2.astype(np.uint64)) - _ONE))[self.mean.sort]
+        return pa
+
     def extents(self, spec: LevelSpec) -> Extents:
         """The canonical extents of those that are RUN and let something pass."""
-        prot, base, pa = self.prot, self.base, self.pa
+        if self.joined is not None:
+            iova, last, joined = self.joined
+            grant = self.mean.prot[-1]
+            return Extents(iova, last, joined, np.full(len(iova), grant)) if grant else Extents.empty()
+        prot, base, pa = self.prot, self.base, self.pa(spec)
         some = (self.state == RUN) & (prot != 0)
         if not some.all():
             base, pa, prot = base[some], pa[some], prot[some]
@@ -373,16 +269,20 @@ class Runs:
     def traits(self, spec: LevelSpec) -> Traits:
         """The traits of those that are RUN."""
         m, base, sort = self.mean, self.base, self.mean.sort
-        some = self.state == RUN
-        if not some.all():
-            base, sort = base[some], sort[some]
-        span = np.uint64(spec.items << spec.shift)
-        begin, end = _ends(base, span, sort)
-        kind = sort[begin]
-        level = np.full(len(begin), self.level, np.uint8)
+        if self.joined is not None:
+            iova, last, _ = self.joined
+            kind = np.ones(len(iova), np.int16)
+        else:
+            some = self.state == RUN
+            if not some.all():
+                base, sort = base[some], sort[some]
+            span = np.uint64(spec.items << spec.shift)
+            begin, end = _ends(base, span, sort)
+            kind, iova, last = sort[begin], base[begin], base[end] + (span - _ONE)
+        level = np.full(len(kind), self.level, np.uint8)
         alive = (m.prot[kind] != 0).view(np.uint8)
         columns = (m.lg2[kind], level, m.word[kind], m.said[kind], alive, m.keep[kind])
-        return Traits.join([Traits(base[begin], base[end] + (span - _ONE), *columns)])
+        return Traits.join([Traits(iova, last, *columns)])
 
 
 def _ends(
@@ -400,48 +300,135 @@ def _ends(
     return np.concatenate((np.zeros(1, np.intp), inner + 1)), np.append(inner, len(base) - 1)
 
 
-def runs_of(tm: TableMemory, tables: Tables, threads: int | None = None) -> Runs:
-    """Read tables once, in the order in which they lie in memory, as far as they are runs of leaves."""
+def runs_of(tm: TableMemory, tables: Tables, threads: int | None = None, *, compiled: bool = True) -> Runs:
+    """Read tables once, in the order in which they lie in memory, as far as they are runs of leaves.
+
+    :param compiled: by Numba; else by NumPy, in the order of IOVAs. :param threads: of the former.
+    """
     level, n = tables.level, len(tables)
     spec = tm.fmt.levels[level]
     items = tm.view(level).data.view(np.uint64)
     masks, sized = _masks(spec), _sized(spec)
-    kernel_masks = np.array([masks[0], masks[6], masks[2]], np.uint64)
-    place, rows = in_memory_order(tables.row)
-    head, state = np.zeros(n, np.uint64), np.zeros(n, np.uint8)
+    some_masks = np.array([masks[0], masks[6], masks[2]], np.uint64)
+    head, state = np.empty(n, np.uint64), np.empty(n, np.uint8)
+    if compiled:
+        from iokeep.pt.kernels import in_memory_order, over_threads
+        from iokeep.pt.run_kernels import read_runs
 
-    def work(a: int, b: int) -> None:
-        _runs(items, rows[a:b], sized, kernel_masks, place[a:b], head, state)
+        place, rows = in_memory_order(tables.row)
 
-    over_threads(work, n, tm.fmt.bytes_of(level), threads)
+        def work(a: int, b: int) -> None:
+            read_runs(items, rows[a:b], sized, some_masks, place[a:b], head, state)
+
+        over_threads(work, n, tm.fmt.bytes_of(level), threads)
+        joined = _all_joined(tm, tables, head, state)
+        if joined is not None:
+            return joined
+    else:
+        _read_plain(items, tables.row, sized, some_masks, head, state)
     one = state == RUN
     chosen = None if bool(one.all()) else np.flatnonzero(one)
     mean = means(tm, head, tables.above, chosen, run=True, level=level)
-    pa = spec.leaf_pas(head)
-    if spec.contig:  # with its size as it is coded
-        pa &= (~((_ONE << mean.lg2.astype(np.uint64)) - _ONE))[mean.sort]
+    found = Runs(level, state, tables.base, head, mean)
+    pa = found.pa(spec)
     top = pa + np.uint64((spec.items << spec.shift) - 1)
-    outside = np.uint64(~spec.leaf_pa(_MAX) & ~((1 << spec.shift) - 1) & _MAX)
-    state[one & ~(mean.sound[mean.sort] & (top >= pa) & ((top & outside) == _ZERO))] = OTHER
-    return Runs(level, state, tables.base, pa, mean)
+    sound = mean.sound[mean.sort] & (top >= pa) & ((top & _outside(spec)) == _ZERO)
+    state[one & ~sound] = OTHER
+    return found
 
 
-def extents_of(tm: TableMemory, tables: Tables, threads: int | None = None) -> tuple[Extents, I64]:
-    """The canonical extents of tables of level 0 that are runs or pages, and the positions of the others."""
+def _outside(spec: LevelSpec) -> np.uint64:
+    """Bits that are set in no pa of a leaf."""
+    return np.uint64(~spec.leaf_pa(_MAX) & ~((1 << spec.shift) - 1) & _MAX)
+
+
+def _all_joined(tm: TableMemory, tables: Tables, head: U64, state: U8) -> Runs | None:
+    """Tables that are all of one sort, as most are, in one loop; None = they are not."""
+    from iokeep.pt.run_kernels import join_runs
+
+    level, n = tables.level, len(tables)
+    spec = tm.fmt.levels[level]
+    run = state == RUN
+    at = int(run.argmax()) if n else 0
+    if not n or not run[at]:
+        return None
+    one, grant, sort = head[at : at + 1], tables.above[at : at + 1], _same(spec)
+    if spec.contig and _marked(spec, one)[0]:
+        sort |= int(_inner(spec))
+    key = int(one[0]) & sort
+    mean = _mean_one(tm, level, key, int(grant[0]), run=True)
+    if not mean[0]:
+        return None
+    whole = ~((1 << mean[1]) - 1) & _MAX if spec.contig else _MAX
+    span = (spec.items << spec.shift) - 1
+    masks = [sort, key, spec.leaf_pa_mask, spec.pa_shift, whole, span, int(_outside(spec))]
+    args = tables.base, head, tables.above, state, grant, np.array(masks, np.uint64)
+    room = np.empty((3, _RANGES), np.uint64)
+    count = join_runs(*args, *room)
+    if count > _RANGES:
+        room = np.empty((3, count), np.uint64)
+        join_runs(*args, *room)
+    if count < 0:
+        return None
+    iova, last, pa = room[:, :count].copy()
+    mean_of = _means_of(run.astype(np.int16), [_NOTHING, mean])
+    return Runs(level, state, tables.base, head, mean_of, (iova, last, pa))
+
+
+def _read_plain(items: U64, row: I64, sized: U64, masks: U64, head: U64, state: U8) -> None:
+    """``run_kernels.read_runs`` by NumPy, in the order of ``row``."""
+    step, full, valid = masks
+    index = np.arange(items.shape[1], dtype=np.uint64)
+    widths = (_LINE, items.shape[1]) if items.shape[1] > _LINE else (items.shape[1],)
+    for lo in range(0, len(row), _FEW):
+        rows = row[lo : lo + _FEW]
+        first = items[rows, 0]
+        group = np.zeros(len(rows), np.int64)
+        for number in range(len(sized), 0, -1):  # the first that fits
+            group[(first & sized[number - 1, 0]) == sized[number - 1, 1]] = number
+        group[(first & valid) == _ZERO] = -1
+        said = np.zeros(len(rows), np.uint8)
+        for number in np.unique(group).tolist():
+            at = np.flatnonzero(group == number)
+            places = index if number < 1 else index & sized[number - 1, 2]
+            for width in widths:
+                part = items[:, :width][rows[at]]
+                if number < 0:
+                    part &= valid
+                else:
+                    part ^= first[at, None] + places[:width] * step
+                    part &= full
+                at = at[np.bitwise_or.reduce(part, axis=1) == _ZERO]
+                if not len(at):
+                    break
+            said[at] = EMPTY if number < 0 else RUN
+        head[lo : lo + _FEW] = first
+        state[lo : lo + _FEW] = said
+
+
+def extents_of(
+    tm: TableMemory, tables: Tables, threads: int | None = None, *, compiled: bool = True
+) -> tuple[Extents, I64]:
+    """The canonical extents of tables of level 0 that are runs or (compiled) pages, and the positions of the
+    others.
+    """
     fmt, spec = tm.fmt, tm.fmt.levels[0]
-    runs = runs_of(tm, tables, threads)
+    runs = runs_of(tm, tables, threads, compiled=compiled)
     other = np.flatnonzero(runs.state == OTHER)
-    if not len(other):
+    if not len(other) or not compiled:
         return runs.extents(spec), other
+    from iokeep.pt.kernels import in_memory_order, over_threads
+    from iokeep.pt.run_kernels import read_pages, write_pages
+
     n, masks = len(tables), _masks(spec)
     items = tm.rows.data.view(np.uint64)
-    base, pa, prot = runs.base, runs.pa, runs.prot
+    base, pa, prot = runs.base, runs.pa(spec), runs.prot
     head, tail, odd = np.zeros(n, np.uint64), np.zeros(n, np.uint64), np.zeros(n, np.uint64)
     slots, pieces = np.zeros((n, 2), np.int64), np.zeros(n, np.int64)
     place, rows = in_memory_order(tables.row, other)
 
     def look(a: int, b: int) -> None:
-        _pages(items, rows[a:b], masks, place[a:b], head, tail, slots, pieces, odd)
+        read_pages(items, rows[a:b], masks, place[a:b], head, tail, slots, pieces, odd)
 
     over_threads(look, len(rows), fmt.table_bytes, threads)
     mean = means(tm, head, tables.above, other, run=False)
@@ -476,7 +463,7 @@ def extents_of(tm: TableMemory, tables: Tables, threads: int | None = None) -> t
     bases, grants, firsts, number = base[place], prot[place], first[place], pieces[place]
 
     def write(a: int, b: int) -> None:
-        _write(
+        write_pages(
             items, rows[a:b], bases[a:b], grants[a:b], firsts[a:b], number[a:b], joins[a:b], masks,
             out.iova, out.last, out.pa, out.prot,
         )  # fmt: skip
@@ -495,28 +482,61 @@ def _columns(n: int) -> Extents:
 
 
 def same_pages(
-    a: TableMemory, of_a: Tables, at_a: I64, b: TableMemory, of_b: Tables, at_b: I64, threads: int | None
+    a: TableMemory,
+    of_a: Tables,
+    at_a: I64,
+    b: TableMemory,
+    of_b: Tables,
+    at_b: I64,
+    threads: int | None,
+    *,
+    compiled: bool = True,
 ) -> tuple[NDArray[np.bool_], int]:
     """Which pairs of tables of pages (positions, of one format) are sound and say the same; and the pages of
     those that do, where they let something pass.
     """
     spec = a.fmt.levels[0]
     items, others = a.rows.data.view(np.uint64), b.rows.data.view(np.uint64)
-    # In the order of one of both; the other is read as it comes.
-    place, rows = in_memory_order(of_a.row, at_a)
-    to = np.empty(len(of_a), np.int64)
-    to[at_a] = at_b
-    partner = to[place]
-    other_rows = of_b.row[partner]
-    n, masks = len(place), _masks(spec)
+    n, masks = len(at_a), _masks(spec)
     head, odd, pages = np.empty(n, np.uint64), np.empty(n, np.uint64), np.empty(n, np.int64)
+    if compiled:
+        from iokeep.pt.kernels import in_memory_order, over_threads
+        from iokeep.pt.run_kernels import compare_pages
 
-    def work(i: int, j: int) -> None:
-        _pairs(items, rows[i:j], others, other_rows[i:j], masks, head[i:j], odd[i:j], pages[i:j])
+        # In the order of one of both; the other is read as it comes.
+        place, rows = in_memory_order(of_a.row, at_a)
+        to = np.empty(len(of_a), np.int64)
+        to[at_a] = at_b
+        partner = to[place]
+        other_rows = of_b.row[partner]
 
-    over_threads(work, n, 2 * a.fmt.table_bytes, threads)
+        def work(i: int, j: int) -> None:
+            compare_pages(items, rows[i:j], others, other_rows[i:j], masks, head[i:j], odd[i:j], pages[i:j])
+
+        over_threads(work, n, 2 * a.fmt.table_bytes, threads)
+    else:
+        place, partner = at_a, at_b
+        _compare_plain(items, of_a.row[at_a], others, of_b.row[at_b], masks, head, odd, pages)
     mean = means(a, head, of_a.above[place], run=False)
     good = mean.sound[mean.sort] & (odd == _ZERO) & (of_a.above[place] == of_b.above[partner])
     out = np.zeros(len(of_a), np.bool_)
     out[place[good]] = True
     return out[at_a], int(pages[good & (mean.prot[mean.sort] != 0)].sum())
+
+
+def _compare_plain(
+    items: U64, row: I64, others: U64, other_row: I64, masks: U64, head: U64, odd: U64, pages: I64
+) -> None:
+    """``run_kernels.compare_pages`` by NumPy."""
+    same, valid, full = masks[1], masks[2], masks[6]
+    for lo in range(0, len(row), _FEW):
+        part = slice(lo, lo + _FEW)
+        mine, to = items[row[part]], others[other_row[part]]
+        there = (mine & valid) != _ZERO
+        first = mine[np.arange(len(mine)), there.argmax(axis=1)]
+        differ = (mine ^ first[:, None]) & same
+        differ |= (mine ^ to) & full
+        if not there.all():
+            differ[~there] = to[~there] & valid
+        head[part], odd[part] = first, np.bitwise_or.reduce(differ, axis=1)
+        pages[part] = np.count_nonzero(there, axis=1)

@@ -31,7 +31,7 @@ def _number(value: int) -> ir.Constant:
 
 
 def _plain_stream(to: U64, row: U64) -> None:
-    to[:] = row
+    to[:] = row[: len(to)]
 
 
 def _plain_done() -> None:
@@ -39,7 +39,7 @@ def _plain_done() -> None:
 
 
 def _stream(typing: Any, to: Any, row: Any) -> Any:
-    """``to[:] = row``, of uint64 in a row each; both have the length of ``to``."""
+    """``to[:] = row[:len(to)]``, of uint64 in a row each."""
     if any(a.dtype != types.uint64 or a.ndim != 1 or a.layout != "C" for a in (to, row)):
         return None
 

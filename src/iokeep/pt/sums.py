@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sums of ``digest`` over tables of level 0, compiled; imported only for big tables.
+"""The sums of ``digest`` over tables of level 0: by compiled loops (``sum_kernels``), or by NumPy a few
+tables at a time.
 
 A table whose items differ in nothing but the OA (and bits that do not matter) needs only the sums of its
 frame numbers: what its first item says of permissions holds for all. So does one with holes. Any other is
@@ -11,78 +12,17 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from iokeep.mem.memory import I64, U64
-from iokeep.pt.digest import Digest
-from iokeep.pt.formats.base import LevelSpec
-from iokeep.pt.kernels import compiled, in_memory_order, over_threads
+from iokeep.mem.memory import I64, U8, U64
+from iokeep.pt.digest import Digest, fold
+from iokeep.pt.formats.base import Format, LevelSpec
 from iokeep.pt.tables import TableMemory, Upper, leaves_of
 
-_ZERO = np.uint64(0)
-_ONE = np.uint64(1)
-_FOLD = np.uint64(20)
-_LOW = np.uint64((1 << 20) - 1)
-
-
-@compiled
-def _alike(
-    items: U64, row: I64, k: U64, m: U64, masks: U64, head: U64, odd: U64, x: U64, y: U64
-) -> None:  # fmt: skip
-    """Sums of the frame numbers of whole tables: ``x`` by k, ``y`` folded by m; ``head`` is the first item,
-    and ``odd`` the bits that matter in which another differs.
-    """
-    pa_mask, down, same = masks[0], masks[1], masks[2]
-    size = np.uint64(items.shape[1])
-    for t in range(len(row)):
-        table = items[row[t]]
-        first = table[_ZERO]
-        sum_x, sum_y, differ = _ZERO, _ZERO, _ZERO
-        for i in range(size):
-            item = table[i]
-            n = (item & pa_mask) >> down
-            differ |= item ^ first
-            sum_x += k[i] * n
-            sum_y += m[i] * (((n & _LOW) << _FOLD) + (n >> _FOLD))
-        head[t] = first
-        odd[t] = differ & same
-        x[t] = sum_x
-        y[t] = sum_y
-
-
-@compiled
-def _holed(
-    items: U64, row: I64, k: U64, m: U64, masks: U64, head: U64, odd: U64, x: U64, y: U64, kx: U64, ly: U64,
-    pages: U64,
-) -> None:  # fmt: skip
-    """As :func:`_alike` for tables with absent items: ``head`` is the first that is there; ``kx``, ``ly`` the
-    sums of k and m over those that are there, ``pages`` their number.
-    """
-    pa_mask, down, same, valid = masks[0], masks[1], masks[2], masks[3]
-    size = np.uint64(items.shape[1])
-    for t in range(len(row)):
-        table = items[row[t]]
-        first = _ZERO
-        for i in range(size):
-            if table[i] & valid != _ZERO:
-                first = table[i]
-                break
-        sum_x, sum_y, sum_k, sum_l, number, differ = _ZERO, _ZERO, _ZERO, _ZERO, _ZERO, _ZERO
-        for i in range(size):
-            item = table[i]
-            there = _ONE if item & valid != _ZERO else _ZERO
-            n = ((item & pa_mask) >> down) * there
-            differ |= (item ^ first) * there
-            sum_x += k[i] * n
-            sum_y += m[i] * (((n & _LOW) << _FOLD) + (n >> _FOLD))
-            sum_k += k[i] * there
-            sum_l += m[i] * there
-            number += there
-        head[t] = first
-        odd[t] = differ & same
-        x[t] = sum_x
-        y[t] = sum_y
-        kx[t] = sum_k
-        ly[t] = sum_l
-        pages[t] = number
+#: so many tables are read at once by NumPy: they stay in the second cache with what is made of them
+_FEW = 64
+#: what an item grants and whether its OA is not its own, by format, item and what is granted above; the
+#: formats are kept so that an id stands for one
+_KNOWN: dict[tuple[int, int, int], tuple[Format, int, bool]] = {}
+_MOST_KNOWN = 1024
 
 
 def _masks(spec: LevelSpec) -> U64:
@@ -95,21 +35,30 @@ def _masks(spec: LevelSpec) -> U64:
     return np.array([spec.leaf_pa_mask, 12 - spec.pa_shift, same & (2**64 - 1), spec.valid_mask], np.uint64)
 
 
-def _grants(
-    tm: TableMemory, head: U64, above: NDArray[np.uint8]
-) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+def _grants(tm: TableMemory, head: U64, above: U8) -> tuple[U8, NDArray[np.bool_]]:
     """What each item grants, 0 = it does not translate; and which are part of a replicated entry, whose OA is
     not theirs alone.
     """
     spec = tm.fmt.levels[0]
-    if len(head) > 1:
-        same = _masks(spec)[2] & ~np.uint64(spec.leaf_pa_mask)
-        first = head[0] & same
-        known = all(mask & ~int(same) == 0 for mask, _ in spec.leaf_bad)
-        if known and bool(((head & same) == first).all()) and bool((above == above[0]).all()):
+    same = int(_masks(spec)[2]) & ~spec.leaf_pa_mask
+    if len(head) and all(mask & ~same == 0 for mask, _ in spec.leaf_bad):
+        key = head & np.uint64(same)
+        if bool((key == key[0]).all()) and bool((above == above[0]).all()):
             # What decides is the same in all, as in most tables.
-            grant, code = _grants(tm, head[:1], above[:1])
-            return np.repeat(grant, len(head)), np.repeat(code, len(head))
+            place = id(tm.fmt), int(key[0]), int(above[0])
+            if place not in _KNOWN:
+                if len(_KNOWN) >= _MOST_KNOWN:
+                    _KNOWN.clear()
+                grant, code = _each(tm, key[:1], above[:1])
+                _KNOWN[place] = tm.fmt, int(grant[0]), bool(code[0])
+            _, one, coded = _KNOWN[place]
+            return np.full(len(head), one, np.uint8), np.full(len(head), coded)
+    return _each(tm, head, above)
+
+
+def _each(tm: TableMemory, head: U64, above: U8) -> tuple[U8, NDArray[np.bool_]]:
+    """:func:`_grants` of any items."""
+    spec = tm.fmt.levels[0]
     grants = np.zeros(len(head), np.uint8)
     here = tm.places(0, head)
     items = head[here]
@@ -132,8 +81,24 @@ def _grants(
     return grants, coded
 
 
-def add_tables(out: Digest, tm: TableMemory, upper: Upper, which: I64, threads: int | None) -> I64:
-    """Count the tables of level 0 at ``which`` positions; those of them that are left to be counted."""
+def add_tables(
+    out: Digest,
+    tm: TableMemory,
+    upper: Upper,
+    which: I64,
+    threads: int | None = None,
+    *,
+    compiled: bool = True,
+) -> I64:
+    """Count the tables of level 0 at ``which`` positions; those of them that are left to be counted.
+
+    :param compiled: by Numba; else by NumPy, without those that have holes. :param threads: of the former.
+    """
+    if not compiled:
+        return _add_plain(out, tm, upper, which)
+    from iokeep.pt.kernels import in_memory_order, over_threads
+    from iokeep.pt.sum_kernels import sum_alike, sum_holed
+
     items = tm.rows.data.view(np.uint64)
     k, m = (np.ascontiguousarray(lane.page) for lane in out.lanes)
     masks = _masks(tm.fmt.levels[0])
@@ -142,29 +107,70 @@ def add_tables(out: Digest, tm: TableMemory, upper: Upper, which: I64, threads: 
     head, odd, x, y = (np.empty(len(rows), np.uint64) for _ in range(4))
 
     def work(a: int, b: int) -> None:
-        _alike(items, rows[a:b], k, m, masks, head[a:b], odd[a:b], x[a:b], y[a:b])
+        sum_alike(items, rows[a:b], k, m, masks, head[a:b], odd[a:b], x[a:b], y[a:b])
 
     over_threads(work, len(rows), tm.fmt.table_bytes, threads)
     grants, coded = _grants(tm, head, upper.prot[place])
     whole = (odd == 0) & ~coded
+    # One that grants nothing adds nothing; its frames do not count.
     good = whole & (grants != 0)
-    if not good.all():
-        place_, x_, y_, prot = place[good], x[good], y[good], grants[good].astype(np.uint64)
-    else:
-        place_, x_, y_, prot = place, x, y, grants.astype(np.uint64)
-    four = np.uint64(4)
-    sums = [np.add.reduce(lane.page, dtype=np.uint64) for lane in out.lanes]
-    out.add_tables(base[place_], four * x_ + prot * sums[0], four * y_ + prot * sums[1], len(place_) * 512)
+    keys = [lane.page.sum(keepdims=True, dtype=np.uint64) for lane in out.lanes]
+    _add(out, base[place], x, y, keys, grants, good)
+    out.change(0, 0, int(np.count_nonzero(good)) * tm.fmt.levels[0].items)
     rest = np.flatnonzero(~whole)
     if not len(rest):
         return place[:0]
     rows, place = rows[rest], place[rest]
     head, odd, x, y, kx, ly, pages = (np.empty(len(rows), np.uint64) for _ in range(7))
-    _holed(items, rows, k, m, masks, head, odd, x, y, kx, ly, pages)
+    sum_holed(items, rows, k, m, masks, head, odd, x, y, kx, ly, pages)
     grants, coded = _grants(tm, head, upper.prot[place])
     whole = (odd == 0) & ~coded
     good = whole & (grants != 0)
-    prot = grants.astype(np.uint64)
-    x, y = (four * x + prot * kx)[good], (four * y + prot * ly)[good]
-    out.add_tables(base[place[good]], x, y, int(pages[good].sum()))
+    _add(out, base[place], x, y, [kx, ly], grants, good)
+    out.change(0, 0, int(pages[good].sum()))
     return np.sort(place[~whole])
+
+
+def _add(
+    out: Digest, base: U64, x: U64, y: U64, keys: list[U64], grants: U8, good: NDArray[np.bool_]
+) -> None:
+    """Add the sums of the tables that are ``good``.
+
+    :param keys: of each lane, as for ``weigh``: one, or as many as tables.
+    """
+    from iokeep.pt.sum_kernels import weigh
+
+    if not good.all():
+        base, x, y, grants = base[good], x[good], y[good], grants[good]
+        keys = [some[good] if len(some) == len(good) else some for some in keys]
+    block = base >> np.uint64(21)
+    sums = [
+        int(weigh(block, frames, grants, some, lane.table, lane.salt))
+        for frames, some, lane in zip((x, y), keys, out.lanes, strict=True)
+    ]
+    out.change(sums[0], sums[1], 0)
+
+
+def _add_plain(out: Digest, tm: TableMemory, upper: Upper, which: I64) -> I64:
+    """:func:`add_tables` by NumPy, of tables without holes."""
+    pa_mask, down, same, _ = _masks(tm.fmt.levels[0])
+    base = tm.fmt.extend(upper.base)
+    left = []
+    for lo in range(0, len(which), _FEW):
+        at = which[lo : lo + _FEW]
+        items = tm.items(upper.row[at])
+        grants, coded = _grants(tm, np.ascontiguousarray(items[:, 0]), upper.prot[at])
+        odd = np.bitwise_or.reduce((items ^ items[:, :1]) & same, axis=1)
+        whole = (odd == 0) & ~coded
+        good = whole & (grants != 0)
+        if not whole.all():
+            left.append(at[~whole])
+        if not good.all():
+            items, grants, at = items[good], grants[good], at[good]
+        n = (items & pa_mask) >> down
+        sums = []
+        for words, lane in ((n << np.uint64(2), out.lanes[0]), (fold(n) << np.uint64(2), out.lanes[1])):
+            key = np.add.reduce(lane.page, dtype=np.uint64)
+            sums.append(words @ lane.page + grants.astype(np.uint64) * key)
+        out.add_tables(base[at], sums[0], sums[1], items.size)
+    return np.concatenate(left) if left else which[:0]
