@@ -38,6 +38,14 @@ FORMATS = [
     )
 ]
 ALL = 2**64 - 1
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["numpy", "compiled"])
+def which(request, monkeypatch):
+    """With the compiled first look, and without."""
+    monkeypatch.setattr("iokeep.pt.shape.loaded", lambda module: request.param)
+
+
 every = pytest.mark.parametrize(
     "fmt", FORMATS, ids=lambda f: "-".join([f.name, *map(str, f.config.values())])
 )

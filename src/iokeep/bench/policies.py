@@ -149,11 +149,13 @@ class _Rebuild:
         return lap
 
 
-def _adopt(case: Case, built: Built, compiled: bool, threads: int) -> Lap:
+def _adopt(case: Case, built: Built, pages: U64, compiled: bool, threads: int) -> Lap:
+    """:param pages: as for :func:`_later`."""
     clock = _Clock(threads)
     fmt = _open(case, built)
     lap = Lap({"root": clock.lap()})
-    must(verify(fmt, built.ram, built.root_pa, built.extents, compiled=compiled, threads=threads).equal)
+    args = fmt, built.ram, built.root_pa, built.extents
+    must(verify(*args, compiled=compiled, threads=threads, owned=pages).equal)
     lap.blackout["validate"] = clock.lap()
     return lap
 
@@ -206,6 +208,7 @@ def play(case: Case, built: Built, rows: I64, repeat: int, threads: int) -> dict
         read()
         return Lap({"read": clock.lap()})
 
+    pages = np.sort(built.table.pages())
     methods: dict[str, Callable[[], Lap]] = {"limit": reading}
     if case.job == "rebuild":
         methods["warm"] = _Rebuild(case, built, threads, warm=True)
@@ -213,16 +216,15 @@ def play(case: Case, built: Built, rows: I64, repeat: int, threads: int) -> dict
         if len(rows) <= _SLOW_TABLES:
             methods["diff"] = _Rebuild(case, built, threads, warm=True, by_diff=True)
     elif case.job == "adopt":
-        methods["iokeep"] = lambda: _adopt(case, built, True, threads)
+        methods["iokeep"] = lambda: _adopt(case, built, pages, True, threads)
         if len(rows) <= _SLOW_TABLES:
-            methods["numpy"] = lambda: _adopt(case, built, False, threads)
+            methods["numpy"] = lambda: _adopt(case, built, pages, False, threads)
     elif case.job == "trust":
         methods["plain"] = lambda: _trust(case, built)
     else:
         sealed = None
         if case.job == "sealed-start":
             sealed = digest_extents(normalised(built.extents, built.fmt.write_only), _KEY)
-        pages = np.sort(built.table.pages())
         methods["plain"] = lambda: _later(case, built, pages, sealed)
     for method in methods.values():  # compiled, and warm
         method()

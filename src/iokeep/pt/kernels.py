@@ -200,6 +200,22 @@ def alike(
     return iova, pa, grants, hits[:found] if found <= len(hits) else None
 
 
+@compiled
+def visit_once(pa: U64, prot: U8, first: np.uint64, state: U8) -> bool:
+    """Whether all of these tables, of a page each, grant all and are in pages that are owned and not visited
+    yet; they are visited then.
+
+    :param first: pa of the first page of ``state``: 1 = is owned, 2 = was visited, else neither.
+    """
+    size = np.uint64(len(state))
+    for i in range(len(pa)):
+        index = (pa[i] - first) >> _PAGE
+        if index >= size or state[index] != 1 or prot[i] != 3:
+            return False
+        state[index] = 2
+    return True
+
+
 def thread_count(size: int, threads: int | None = None) -> int:
     """Threads for ``size`` bytes of tables: as asked, as ``IOKEEP_THREADS`` says, or as many as help."""
     if threads is None:

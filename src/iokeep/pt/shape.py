@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from iokeep.mem.arrays import unique
 from iokeep.mem.memory import I64, U8, U64, Memory
+from iokeep.pt.choice import loaded
 from iokeep.pt.compare import PROT, TEXTS, Mismatch
 from iokeep.pt.formats.base import Format
 from iokeep.pt.leaves import Leaves
@@ -142,6 +143,7 @@ def unfit(tm: TableMemory, upper: Upper, owned: U64) -> Unfit:
     """
     fmt, top = tm.fmt, tm.fmt.top_level
     found = _Found()
+    plain = _plain(tm, upper, owned)
     looped = _looped(tm, upper, found)
     for depth, (base, pa, prot) in enumerate(zip(upper.bases, upper.pages, upper.prots, strict=True)):
         if not len(pa):
@@ -149,17 +151,44 @@ def unfit(tm: TableMemory, upper: Upper, owned: U64) -> Unfit:
         level = top - depth
         spec = fmt.levels[level]
         lg2, above = spec.shift + spec.index_bits, min(level + 1, top)
-        shared = _shared(tm, level, pa, looped)
-        if shared is not None:
-            found.add(base[shared], lg2, LOOP, above)
-        if depth:
-            foreign = _foreign(fmt.bytes_of(level), pa, owned)
-            found.add(base[foreign], lg2, ABSENT, above)
-            found.add(base[prot != 3], lg2, PROT, above)
+        if not plain:
+            shared = _shared(tm, level, pa, looped)
+            if shared is not None:
+                found.add(base[shared], lg2, LOOP, above)
+            if depth:
+                foreign = _foreign(fmt.bytes_of(level), pa, owned)
+                found.add(base[foreign], lg2, ABSENT, above)
+                found.add(base[prot != 3], lg2, PROT, above)
+        if depth and not upper.alike.issuperset(range(level + 1, top + 1)):
             _skips(fmt, upper, level, found)
         if level and level not in upper.alike:
             _ghosts(tm, level, base, pa, found)
     return found.outermost(fmt)
+
+
+def _plain(tm: TableMemory, upper: Upper, owned: U64) -> bool:
+    """Whether all tables below the root are seen, by compiled code, to be reached once, in pages of their
+    owner, and to get all permissions from above. False = that is to be looked at.
+    """
+    fmt, p = tm.fmt, upper.problems
+    sizes = {fmt.bytes_of(level) for level in range(fmt.top_level)}
+    if not loaded("kernels") or not len(owned) or sizes != {_PAGE} or bool((p.reason == LOOP).any()):
+        return False
+    span = int(owned[-1] - owned[0]) // _PAGE + 1
+    if span > _DENSE * len(owned):
+        return False
+    from iokeep.pt.kernels import visit_once
+
+    shift, first = np.uint64(_PAGE.bit_length() - 1), int(upper.pages[0][0]) & -_PAGE
+    state = np.zeros(span, np.uint8)
+    state[((owned - owned[0]) >> shift).view(np.int64)] = 1
+    root = np.arange(first, first + fmt.root_bytes, _PAGE, dtype=np.uint64)
+    root = root[(root >= owned[0]) & (root <= owned[-1])]
+    state[((root - owned[0]) >> shift).view(np.int64)] = 2
+    return all(
+        visit_once(pa, prot, owned[0], state)
+        for pa, prot in zip(upper.pages[1:], upper.prots[1:], strict=True)
+    )
 
 
 def _looped(tm: TableMemory, upper: Upper, found: _Found) -> U64:
