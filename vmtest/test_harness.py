@@ -6,6 +6,7 @@ are.
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,16 +103,43 @@ def test_the_cache_goes_by_options_not_by_remarks(tmp_path: Path, monkeypatch: p
         assert (kernel._key() == key) == same
 
 
-def test_the_exit_status_has_a_channel_of_its_own() -> None:
-    """Whatever the program prints."""
-    program = ["sh", "-c", "echo '{\"exit\": 0}'; echo about to fail; exit 7"]
-    with vm.boot(vm.machines()["vtd-legacy"], program, name="harness-exit") as guest:
-        assert guest.wait() == 7
-        with pytest.raises(vm.GuestError, match=r"exit status 7\n(.*\n)*about to fail") as caught:
+@pytest.fixture(scope="module")
+def bare() -> tuple[Path, int | None, str]:
+    """A machine with all switched off that a live update needs, and a program that fails: the run's
+    directory, its exit status, the error.
+    """
+    program = ["sh", "-c", f"{sys.executable} -m iokeep host doctor; echo '{{\"exit\": 0}}'; exit 7"]
+    machine, off = vm.machines()["vtd-legacy"], "kho=off liveupdate=off intel_iommu=off"
+    with vm.boot(machine, program, name="harness-exit", cmdline=off) as guest:
+        guest.wait()
+        with pytest.raises(vm.GuestError) as caught:
             guest.check_status()
-    assert f"logs: {guest.directory}" in str(caught.value)
+    return guest.directory, guest.status, str(caught.value)
+
+
+def test_the_exit_status_has_a_channel_of_its_own(bare: tuple[Path, int | None, str]) -> None:
+    """Whatever the program prints."""
+    directory, status, error = bare
+    assert status == 7
+    assert error.startswith("exit status 7\n")
+    assert error.endswith(f'{{"exit": 0}}\n\nlogs: {directory}')
     for log in ("console.log", "output.log", "qemu.sh", "cmdline"):
-        assert (guest.directory / log).stat().st_size, log
+        assert (directory / log).stat().st_size, log
+
+
+def test_doctor_names_what_is_off(bare: tuple[Path, int | None, str]) -> None:
+    """By what turns it on."""
+    text = (bare[0] / "output.log").read_text()
+    found = dict(re.findall(r"^MISSING +(.*?)  .*\n +-> (.*)$", text, re.MULTILINE))
+    assert found["IOMMU"] == "boot with intel_iommu=on"
+    assert "kho=on" in found["KHO"]
+    assert "kho=on liveupdate=on" in found["LUO"]
+    assert "driver_override" in found["VFIO devices"]
+    assert re.findall(r"^cannot +(.*)$", text, re.MULTILINE) == [
+        "give a device an IO address space (iommufd, VFIO)",
+        "carry memfds over a kexec",
+        "keep devices translating over a kexec",
+    ]
 
 
 def test_a_panic_ends_the_run() -> None:

@@ -89,7 +89,7 @@ _MODES = (
         "x86_64",
         newer=True,
     ),
-    Mode("amd", ("amd-iommu,intremap=on",), "amd_iommu=on", "amdv1"),
+    Mode("amd", ("amd-iommu,intremap=on",), "", "amdv1"),
 )
 
 

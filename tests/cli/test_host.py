@@ -3,6 +3,7 @@
 
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import jsonschema
@@ -69,6 +70,18 @@ def test_preflight_of_a_process(capsys, ram):
     code, found = document(capsys, "preflight", "--pid", os.getpid())
     assert ram in [file["fd"] for file in found["files"]]
     assert code == (0 if found["preserves"] else 1)
+
+
+def test_preflight_of_a_process_that_has_nothing(capsys):
+    child = subprocess.Popen(["sleep", "60"], stdin=subprocess.DEVNULL)
+    try:
+        code, found = document(capsys, "preflight", "--pid", child.pid)
+        assert (code, found["preserves"], found["files"]) == (1, False, [])
+        assert main(["host", "preflight", "--pid", str(child.pid)]) == 1
+        assert capsys.readouterr().out.endswith("an empty session would be preserved\n")
+    finally:
+        child.kill()
+        child.wait()
 
 
 def test_preflight_with_a_name(capsys, ram):

@@ -162,7 +162,9 @@ def test_memfds_that_are_left_out():
 
 
 def test_nothing():
-    assert "nothing to preserve" in verdict({}, []).problems[0].why
+    found = verdict({}, [])
+    assert "nothing to preserve" in found.problems[0].why
+    assert not found.preserves
 
 
 @pytest.mark.parametrize("name", ["", "x" * 64, "a\0b", "\u00e9" * 32, "\udcff" * 64])

@@ -21,6 +21,7 @@ def host(root: Path) -> Path:
         "sys/kernel/debug/kho/out/fdt": "",
         "sys/class/iommu/dmar0/intel-iommu/cap": "d2008c40660462\n",
         "sys/class/iommu/dmar0/devices/0000:00:03.0": "",
+        "sys/class/iommu/iommufd_selftest_iommu.0/devices/x": "",  # a mock, no hardware
         "sys/kernel/iommu_groups/0/type": "",
         "sys/kernel/iommu_groups/1/type": "",
     }.items():

@@ -143,6 +143,21 @@ def test_refusals_of_objects(iommufd: Iommufd, edu: Edu, ioas: Ioas) -> None:
     ioas.destroy()
 
 
+def test_interrupts_that_are_not_remapped(iommufd: Iommufd) -> None:
+    """QEMU's AMD IOMMU remaps none of a device's, and this boot allows that on its command line."""
+    allowed = Path("/sys/module/iommufd/parameters/allow_unsafe_interrupts")
+    allowed.write_text("N")
+    try:
+        device = Edu(ADDRESSES[1]).file
+        with device:
+            if AMD:
+                refused("EPERM", device.bind, iommufd)
+            else:
+                device.bind(iommufd)
+    finally:
+        allowed.write_text("Y")
+
+
 def test_hwpts(iommufd: Iommufd, edu: Edu) -> None:
     assert edu.file.dev_id is not None
     ioas = iommufd.ioas_alloc()

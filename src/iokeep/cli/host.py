@@ -50,7 +50,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "preflight",
         help="would these files be preserved, in this order?",
         description="Say for each file whether a live-update session would take it, with the reason before "
-        "the kernel's errno. Exit code 1 where anything would be refused.",
+        "the kernel's errno. Exit code 1 where anything would be refused, or nothing was found.",
     )
     _common(preflight)
     what = preflight.add_mutually_exclusive_group(required=True)
@@ -200,12 +200,14 @@ def preflight_text(verdict: Verdict) -> list[str]:
     for problem in verdict.problems:
         lines += _problem_lines(problem, "")
     refused = sum(problem.severity == "refused" for problem in verdict.all_problems())
-    what = "the session would be preserved" if verdict.preserves else f"refused for {refused} reasons"
-    return [*lines, what.replace("1 reasons", "1 reason") if refused == 1 else what]
+    what = f"refused for {refused} reason{'' if refused == 1 else 's'}"
+    if not refused:
+        what = "the session would be preserved" if verdict.files else "an empty session would be preserved"
+    return [*lines, what]
 
 
 def run_preflight(args: argparse.Namespace) -> int:
-    """``iokeep host preflight``: 0, or 1 where anything would be refused."""
+    """``iokeep host preflight``: 0, or 1 where anything would be refused, or there is nothing to preserve."""
     from iokeep.inspect.preflight import ProcFs, candidates, preflight
     from iokeep.report.json import document
     from iokeep.uapi.probe import known_ioctls

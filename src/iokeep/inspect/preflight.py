@@ -111,8 +111,8 @@ class Verdict:
 
     @property
     def preserves(self) -> bool:
-        """Nothing would be refused."""
-        return not any(problem.severity == REFUSED for problem in self.all_problems())
+        """There is something to preserve, and nothing would be refused."""
+        return bool(self.files) and not any(problem.severity == REFUSED for problem in self.all_problems())
 
 
 class Processes(Protocol):
