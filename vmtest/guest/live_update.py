@@ -134,7 +134,9 @@ def first_kernel(host: Host) -> None:
         hwpts=(HwptEntry(HWPT, 0, seal_of(found)),),
         devices=(DeviceEntry(DEVICE, HWPT, BDF),),
         areas=wanted,
-        note=json.dumps({"contents": contents(kernel, fds), "left": time.time()}).encode(),
+        note=json.dumps(
+            {"contents": contents(kernel, fds), "left": time.time(), "root": table.root_pa}
+        ).encode(),
     )
     session = LiveUpdate(kernel).create(SESSION)
     save_files(kernel, session, manifest, fds, watch=lambda what: say(f"preserve: {what}"))
@@ -193,6 +195,8 @@ def second_kernel(host: Host) -> None:
             check_dma(kernel, edu, live.files[RAM], n * PAGE, (200 + n) * PAGE)
         say("DMA works: 2 pages copied by the device and compared")
         say(f"without translation for {time.time() - note['left']:.1f} s: from the quiet device to here")
+        root = find_table(DeviceEntry(DEVICE, HWPT, BDF)).root_pa
+        say(f"the tables are new ones: root at pa {root:#x}, before the kexec {note['root']:#x}")
         hw = hardware(MODE, BDF)
         host.ask(step="restored", outcome="restored", content=same, hw=hw)
     else:
