@@ -10,7 +10,18 @@ import pytest
 from iokeep.bench import peers as peers_module
 from iokeep.bench import policies
 from iokeep.bench import run as run_module
-from iokeep.bench.cases import FORMATS, JOBS, LAYOUTS, LEAVES, POLICIES, TABLES, build, cases, possible
+from iokeep.bench.cases import (
+    FORMATS,
+    JOBS,
+    LAYOUTS,
+    LEAVES,
+    METHODS,
+    POLICIES,
+    TABLES,
+    build,
+    cases,
+    possible,
+)
 from iokeep.bench.peers import Peers, can_read, compile_peers
 from iokeep.bench.policies import StartUp
 from iokeep.bench.run import Options, run
@@ -77,7 +88,8 @@ def test_every_job_runs_and_is_right(fmt, started):
         assert set(row) == KEYS
         assert row["mapped_bytes"] == SIZE
     methods = {r["method"] for r in rows if r["job"] == "verify"}
-    assert methods == {"limit", "iokeep", "numpy", "c_walk", "c_table"}
+    assert methods == {"limit", "inputs", "iokeep", "numpy", "c_walk", "c_table"}
+    assert {r["method"] for r in rows} <= set(METHODS)
     for row in rows:
         assert row["ms_least"] <= row["ms"] <= row["ms_most"]
         assert (row["split"] is None) == (row["job"] not in POLICIES or row["method"] == "limit")

@@ -34,6 +34,19 @@ JOBS = {
 }
 #: jobs that play a policy: their rows are split into start-up, blackout and background
 POLICIES = ("rebuild", "adopt", "deferred-start", "sealed-start", "trust")
+#: what a job is done by, and what it is measured by; which of them depends on the job
+METHODS = {
+    "limit": "the tables of leaves, read once; for build: cleared",
+    "inputs": "the tables of leaves and the expectation, read once",
+    "iokeep": "the engine, compiled",
+    "numpy": "the engine by NumPy alone",
+    "c_walk": "C that walks from the root for each page",
+    "c_table": "C that compares table by table",
+    "warm": "rebuild into memory that was touched before",
+    "fresh": "rebuild into memory that the kernel has to clear first",
+    "diff": "rebuild, and the two tables compared with each other",
+    "plain": "a policy that reads little or nothing before its start",
+}
 FORMATS = ("vtdss", "x86_64", "amdv1", "arm_lpae_s1", "arm_lpae_s2", "riscv64")
 LAYOUTS = {
     "contiguous": "one area",

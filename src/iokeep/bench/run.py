@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from iokeep.bench.cases import POLICIES, Built, Case, build, needed_bytes
-from iokeep.bench.limit import Method, limit, must
+from iokeep.bench.limit import Method, inputs, limit, must
 from iokeep.bench.peers import Peers, can_read, compile_peers
 from iokeep.bench.policies import Lap, StartUp, play, start_up, typical
 from iokeep.mem.memory import U64
@@ -54,6 +54,8 @@ def _methods(case: Case, built: Built, peers: Peers | None, threads: int) -> tup
         check = partial(verify, *args, e)
         methods["iokeep"] = lambda: must(check(compiled=True, threads=threads).equal)
         methods["numpy"] = lambda: must(check(compiled=False).equal)
+        if case.layout == "random-4k":
+            methods["inputs"] = inputs(built, upper.row)
         if peers is not None:
             methods["c_walk"] = lambda: must(peers.walk_pages(fmt, ram, root, e) == 0)
             if case.leaf == "4K" and case.layout != "random-4k":

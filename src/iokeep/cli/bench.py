@@ -53,10 +53,11 @@ def _size(text: str) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from iokeep.bench.cases import FORMATS, JOBS, LAYOUTS, LEAVES, TABLES
+    from iokeep.bench.cases import FORMATS, JOBS, LAYOUTS, LEAVES, METHODS, TABLES
 
     body = {
         "jobs": [{"name": name, "what": text} for name, text in JOBS.items()],
+        "methods": [{"name": name, "what": text} for name, text in METHODS.items()],
         "formats": list(FORMATS),
         "layouts": [{"name": name, "what": text} for name, text in LAYOUTS.items()],
         "tables": list(TABLES),
@@ -69,6 +70,9 @@ def _list(args: argparse.Namespace) -> int:
         return 0
     for name, text in JOBS.items():
         print(f"{name:14} {text}")
+    print()
+    for number, (name, text) in enumerate(METHODS.items()):
+        print(f"{'' if number else 'methods':9} {name}: {text}")
     print(f"\nformats   {', '.join(FORMATS)}")
     for number, (name, text) in enumerate(LAYOUTS.items()):
         print(f"{'' if number else 'layouts':9} {name}: {text}")
