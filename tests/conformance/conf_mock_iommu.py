@@ -11,9 +11,11 @@ import numpy as np
 from conf_selftest import (
     IOMMU_HW_INFO_SELFTEST_REGVAL,
     IOMMU_HW_INFO_TYPE_SELFTEST,
+    IOMMU_HW_QUEUE_TYPE_SELFTEST,
     IOMMU_HWPT_DATA_SELFTEST,
     IOMMU_HWPT_INVALIDATE_DATA_SELFTEST,
     IOMMU_TEST_DEV_CACHE_DEFAULT,
+    IOMMU_TEST_HW_QUEUE_MAX,
     IOMMU_TEST_INVALIDATE_FLAG_ALL,
     IOMMU_VIOMMU_INVALIDATE_DATA_SELFTEST,
     IOMMU_VIOMMU_TYPE_SELFTEST,
@@ -38,7 +40,7 @@ from iokeep.soft.kernel.frames import FRAME_BYTES, TAG_KERNEL, Claim, Kind
 from iokeep.soft.kernel.iommu import PciDevice
 from iokeep.soft.kernel.nesting import NestedDomain
 from iokeep.soft.kernel.syserror import SysError
-from iokeep.soft.kernel.viommu import Viommu
+from iokeep.soft.kernel.viommu import HwQueue, Viommu
 from iokeep.uapi import iommufd as uapi
 
 _APERTURE = (MOCK_APERTURE_START, MOCK_APERTURE_LAST)
@@ -190,6 +192,14 @@ class MockViommu(Viommu):
     pfns = np.zeros(0, np.int64)
     offset = 0
 
+    def __init__(self, iommu, parent):
+        super().__init__(iommu, parent)
+        self.queues = {}
+
+    def hw_queue_class(self, queue_type):
+        """mock_viommu_get_hw_queue_size."""
+        return MockHwQueue if queue_type == IOMMU_HW_QUEUE_TYPE_SELFTEST else None
+
     def init(self, data):
         if data is None:
             return
@@ -234,6 +244,35 @@ class MockViommu(Viommu):
             else:
                 cache[entry.cache_id] = 0
             array.done += 1
+
+
+class MockHwQueue(HwQueue):
+    """struct mock_hw_queue: made in the order of their indices, each needs the one before."""
+
+    index = 0
+
+    def init(self, index, base_pa):
+        """mock_hw_queue_init_phys."""
+        queues = self.viommu.queues
+        if index >= IOMMU_TEST_HW_QUEUE_MAX:
+            raise SysError(errno.EINVAL, f"queue {index}")
+        if index in queues:
+            raise SysError(errno.EEXIST, f"queue {index} is there")
+        if index and index - 1 not in queues:
+            raise SysError(errno.EIO, f"there is no queue {index - 1}")
+        shown = self.viommu.parent.domain.iova_to_phys(np.array([self.iova], np.uint64))
+        if base_pa != int(shown[0]):
+            raise SysError(errno.EFAULT, f"{base_pa:#x} is not what is at {self.iova:#x}")
+        if index:
+            queues[index - 1].users += 1
+        self.index = index
+        queues[index] = self
+
+    def release(self):
+        """mock_hw_queue_destroy."""
+        del self.viommu.queues[self.index]
+        if self.index:
+            self.viommu.queues[self.index - 1].users -= 1
 
 
 class MockIommu:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vIOMMUs: a slice of an IOMMU for one guest, and the guest's devices (drivers/iommu/iommufd/viommu.c)."""
+"""vIOMMUs: a slice of an IOMMU for one guest, its devices and queues (drivers/iommu/iommufd/viommu.c)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import errno
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from iokeep.soft.kernel.access import Access
 from iokeep.soft.kernel.files import Ioctl
+from iokeep.soft.kernel.frames import FRAME_BYTES
 from iokeep.soft.kernel.objects import IommufdObject
 from iokeep.soft.kernel.pages import ULONG_MAX
 from iokeep.soft.kernel.syserror import SysError
@@ -21,6 +25,9 @@ if TYPE_CHECKING:
     from iokeep.soft.kernel.iommu import Iommu, PciDevice
     from iokeep.soft.kernel.iommufd import Iommufd
     from iokeep.soft.kernel.nesting import NestedDomain
+
+
+_INT_MAX = 2**31 - 1
 
 
 class Viommu(IommufdObject, ABC):
@@ -57,6 +64,10 @@ class Viommu(IommufdObject, ABC):
         :raises SysError: EOPNOTSUPP; what the driver refuses, with ``array.done`` set.
         """
         raise SysError(errno.EOPNOTSUPP, f"vIOMMU {self.id} has no caches that a guest may flush")
+
+    def hw_queue_class(self, queue_type: int) -> type[HwQueue] | None:
+        """What a hardware queue of this type is (get_hw_queue_size); None: there is none."""
+        return None
 
     def release(self) -> None:
         """It goes: give back what the driver took."""
@@ -104,6 +115,69 @@ class Vdevice(IommufdObject):
         self.viommu.users -= 1
 
 
+class HwQueue(IommufdObject, ABC):
+    """A queue in the memory of a guest that hardware reads by itself (struct iommufd_hw_queue): a user of its
+    vIOMMU. Its pages stay pinned, and so mapped, as long as it is there.
+    """
+
+    type_name = "hw_queue"
+
+    def __init__(self, viommu: Viommu, iova: int, length: int) -> None:
+        super().__init__(viommu.iommufd)
+        self.viommu = viommu
+        self.iova = iova
+        self._access: Access | None = None
+        # in whole pages
+        self._start = iova // FRAME_BYTES * FRAME_BYTES
+        self._length = -(-(iova - self._start + length) // FRAME_BYTES) * FRAME_BYTES
+        viommu.users += 1
+
+    @abstractmethod
+    def init(self, index: int, base_pa: int) -> None:
+        """The driver's part of making it (hw_queue_init_phys): where it is in memory. :raises SysError: there
+        is no queue then, and :meth:`release` is not called.
+        """
+
+    @abstractmethod
+    def release(self) -> None:
+        """Hardware stops reading it."""
+
+    def pin(self) -> int:
+        """iommufd_hw_queue_alloc_phys: pin its pages; the pa of the queue.
+
+        :raises SysError: ERANGE, ENOMEM: too long; EADDRINUSE: its IOAS has areas that are no whole pages;
+            ENOENT, EPERM: not mapped to be read; EFAULT: not in consecutive frames.
+        """
+        if self._length > ULONG_MAX:
+            raise SysError(errno.ERANGE, f"hardware queue of {self._length:#x} bytes")
+        # an array of pointers to the pages, which kvmalloc does not give beyond INT_MAX bytes
+        if self._length // FRAME_BYTES * 8 > _INT_MAX:
+            raise SysError(errno.ENOMEM, f"hardware queue of {self._length:#x} bytes")
+        access = Access.create(self.iommufd, None)
+        try:
+            access.attach_to(self.viommu.parent.ioas)
+            pfns = access.pin_pages(self._start, self._length)
+        except SysError:
+            access.close()
+            raise
+        self._access = access
+        if (np.diff(pfns) != 1).any():
+            raise SysError(errno.EFAULT, f"the frames at {self._start:#x} are not consecutive")
+        return int(pfns[0]) * FRAME_BYTES + self.iova - self._start
+
+    def unpin(self) -> None:
+        """Let the pages and the vIOMMU go."""
+        if self._access is not None:
+            self._access.unpin_pages(self._start, self._length)
+            self._access.close()
+        self.viommu.users -= 1
+
+    def destroy(self) -> None:
+        """iommufd_hw_queue_destroy."""
+        self.release()
+        self.unpin()
+
+
 def iommufd_viommu_alloc_ioctl(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_viommu_alloc) -> None:
     """IOMMU_VIOMMU_ALLOC."""
     if cmd.flags or cmd.type == uapi.IOMMU_VIOMMU_TYPE_DEFAULT:
@@ -143,7 +217,7 @@ def iommufd_vdevice_alloc_ioctl(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_vdev
 
 
 def iommufd_hw_queue_alloc_ioctl(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_hw_queue_alloc) -> None:
-    """IOMMU_HW_QUEUE_ALLOC: no driver here has queues that hardware reads by itself."""
+    """IOMMU_HW_QUEUE_ALLOC."""
     if cmd.flags or cmd.type == uapi.IOMMU_HW_QUEUE_TYPE_DEFAULT:
         raise SysError(errno.EOPNOTSUPP, f"hardware queue of type {cmd.type}, flags {cmd.flags:#x}")
     if not cmd.length:
@@ -151,4 +225,16 @@ def iommufd_hw_queue_alloc_ioctl(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_hw_
     if cmd.nesting_parent_iova + cmd.length - 1 > ULONG_MAX:
         raise SysError(errno.EOVERFLOW, f"iova {cmd.nesting_parent_iova:#x} + {cmd.length:#x}")
     viommu = ictx.viommu(cmd.viommu_id)
-    raise SysError(errno.EOPNOTSUPP, f"vIOMMU {viommu.id} has no hardware queues")
+    kind = viommu.hw_queue_class(cmd.type)
+    if kind is None:
+        raise SysError(errno.EOPNOTSUPP, f"vIOMMU {viommu.id} has no hardware queues of type {cmd.type:#x}")
+    queue = kind(viommu, cmd.nesting_parent_iova, cmd.length)
+    ictx.add(queue)
+    try:
+        queue.init(cmd.index, queue.pin())
+    except SysError:
+        ictx.unlist(queue)
+        queue.unpin()
+        raise
+    cmd.out_hw_queue_id = queue.id
+    call.respond(cmd)
