@@ -11,7 +11,7 @@ import sys
 from conf_machine import SoftMachine
 from conf_traces import generate, run
 
-KINDS = (None, "mock", "vfio")
+KINDS = (None, "mock", "objects", "vfio")
 
 
 def plain(answers):

@@ -13,6 +13,7 @@ mapped. And two machines must give the same answers, number for number.
 import random
 from dataclasses import dataclass, field
 
+import conf_trace_objects
 from conf_env import FIXED, HUGE, PAGE, RW, ULONG_MAX, Env, R, W, outcome
 from conf_rows import ABSENT, BASE
 from conf_trace_access import AccessSteps, Impossible
@@ -23,14 +24,18 @@ from conf_trace_access import opening as access_opening
 FILE_BYTES = (2 * HUGE, 2 * HUGE, 4 * HUGE)
 USER = 2
 DEVICES = 3
-#: what every trace with mock devices ends with
-LAST = [["check"], ["pins"]]
+#: what every trace of a kind ends with
+LAST = {"mock": [["check"], ["pins"]], "objects": conf_trace_objects.LAST}
 #: IOVAs that every IOMMU here reaches: 47 bits
 WIDTH = (1 << 47) - 1
 
 
 def generate(seed, length, kind):
-    """The trace of a seed. ``kind``: "mock", "vfio" or None: what devices there are."""
+    """The trace of a seed. ``kind``: "mock", "vfio" or None: what devices there are; "objects": with mock
+    devices, of objects' lives and not of areas.
+    """
+    if kind == "objects":
+        return conf_trace_objects.generate(seed, length)
     rng = random.Random(seed)
     trace = [["ioas"]]
     if kind == "mock" and rng.randrange(2):
@@ -427,12 +432,17 @@ class Run(AccessSteps):
         return self.pins()
 
 
+def whole(trace, kind):
+    """A trace with its end."""
+    return [*trace, *LAST.get(kind, [])]
+
+
 def run(machine, trace, kind):
     """Run a whole trace: (answers, what was impossible or None)."""
     before = machine.warnings()
-    with Run(machine, kind) as running:
+    with conf_trace_objects.ObjectRun(machine) if kind == "objects" else Run(machine, kind) as running:
         try:
-            for operation in [*trace, *LAST] if kind == "mock" else trace:
+            for operation in whole(trace, kind):
                 running.step(operation)
         except Impossible as error:
             return running.answers, f"{operation}: {error}"
@@ -444,7 +454,7 @@ def run(machine, trace, kind):
 
 def difference(trace, one, other):
     """The first operation that was answered otherwise, as text; None: there is none."""
-    for operation, a, b in zip([*trace, *LAST], one, other, strict=False):
+    for operation, a, b in zip(trace, one, other, strict=False):
         if a != b:
             return f"{operation}: {a} here, {b} there"
     return None if len(one) == len(other) else f"{len(one)} answers here, {len(other)} there"
@@ -456,7 +466,7 @@ def judge(machine, trace, kind, other=None):
     if wrong or other is None:
         return wrong
     beside, wrong = run(other, trace, kind)
-    return f"on the other machine: {wrong}" if wrong else difference(trace, answers, beside)
+    return f"on the other machine: {wrong}" if wrong else difference(whole(trace, kind), answers, beside)
 
 
 def shrink(trace, fails):

@@ -4,7 +4,7 @@
 IOKEEP_TRACES: how many for each kind of device (40); IOKEEP_SEED: the first seed (0);
 IOKEEP_TRACE_LENGTH: operations in each (40); IOKEEP_ANSWERS: a file that conf_answers.py has written;
 IOKEEP_BESIDE: parameter ``iommu`` of the software kernel beside a real one.
-A failure prints the shrunk trace as JSON, which IOKEEP_TRACE=FILE runs again.
+A failure prints its kind and the shrunk trace as JSON: IOKEEP_TRACE=FILE and IOKEEP_TRACE_KIND run it again.
 """
 
 import json
@@ -16,6 +16,7 @@ from conf_answers import plain
 from conf_env import PAGE, RW
 from conf_machine import NOTES, SoftMachine, device_kinds, open_machine
 from conf_rows import BASE
+from conf_trace_objects import ObjectRun
 from conf_traces import Area, Impossible, Run, Shadow, difference, generate, judge, run, shrink
 
 TRACES = int(os.environ.get("IOKEEP_TRACES", "40"))
@@ -23,7 +24,7 @@ SEED = int(os.environ.get("IOKEEP_SEED", "0"))
 LENGTH = int(os.environ.get("IOKEEP_TRACE_LENGTH", "40"))
 BATCH = 20
 KINDS = [None, *device_kinds(open_machine())]
-
+KINDS += ["objects"] if "mock" in KINDS else []
 
 ANSWERS = os.environ.get("IOKEEP_ANSWERS")
 
@@ -88,7 +89,7 @@ def test_the_trace_of_a_file(machine, beside):
     """IOKEEP_TRACE; without it, one that has been written down."""
     given = os.environ.get("IOKEEP_TRACE")
     text = Path(given).read_text() if given else json.dumps(generate(1, 5, "mock"))
-    kind = "mock" if "mock" in KINDS else None
+    kind = os.environ.get("IOKEEP_TRACE_KIND", "mock") if "mock" in KINDS else None
     check(machine, beside.get() if given else None, json.loads(text), kind)
 
 
@@ -134,6 +135,20 @@ def test_a_wrong_page_is_seen(machine):
         running.shadow.areas[1][0].start += PAGE
         with pytest.raises(Impossible, match="does not show"):
             running.step(["check"])
+
+
+def test_a_wrong_user_is_seen(machine):
+    if "mock" not in KINDS:
+        return
+    with ObjectRun(machine) as running:
+        for step in (["ioas"], ["device", ["ioas", 0]], ["hwpt", 0, ["ioas", 0], 1, ["any", 0]]):
+            running.step(step)
+        running.step(["viommu", 0, ["parent", 0]])
+        assert running.step(["destroy", ["parent", 0]]) == "EBUSY"
+        viommu = next(number for number, thing in running.things.items() if thing.kind == "viommu")
+        running.things[viommu].uses.clear()
+        with pytest.raises(Impossible, match="not used"):
+            running.step(["destroy", ["parent", 0]])
 
 
 def test_shrinking():
