@@ -21,8 +21,8 @@ _LINE = np.uint64(8)
 
 
 @compiled
-def read_runs(items: U64, row: I64, sized: U64, masks: U64, place: I64, head: U64, state: U8) -> None:
-    """``state[place[t]]`` = RUN, EMPTY or OTHER; ``head`` the first item.
+def read_runs(items: U64, row: I64, sized: U64, masks: U64, head: U64, state: U8) -> None:
+    """``state[t]`` = RUN, EMPTY or OTHER; ``head`` the first item.
 
     :param sized: uint64[c, 3]: an item where (item & [0]) == [1] is one of [2] equal ones, given as a mask of
         the index. :param masks: step, bits that matter, valid.
@@ -60,8 +60,8 @@ def read_runs(items: U64, row: I64, sized: U64, masks: U64, place: I64, head: U6
                         wrong |= table[i] ^ (first + (i & group) * step)
                 if wrong & full == _ZERO:
                     said = RUN
-        head[place[t]] = first
-        state[place[t]] = said
+        head[t] = first
+        state[t] = said
 
 
 @compiled

@@ -13,6 +13,7 @@ code.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -318,9 +319,11 @@ def runs_of(tm: TableMemory, tables: Tables, threads: int | None = None, *, comp
         place, rows = in_memory_order(tables.row)
 
         def work(a: int, b: int) -> None:
-            read_runs(items, rows[a:b], sized, some_masks, place[a:b], head, state)
+            read_runs(items, rows[a:b], sized, some_masks, head[a:b], state[a:b])
 
         over_threads(work, n, tm.fmt.bytes_of(level), threads)
+        if rows is not tables.row:
+            head, state = _scattered(place, head, state)
         joined = _all_joined(tm, tables, head, state)
         if joined is not None:
             return joined
@@ -335,6 +338,18 @@ def runs_of(tm: TableMemory, tables: Tables, threads: int | None = None, *, comp
     sound = mean.sound[mean.sort] & (top >= pa) & ((top & _outside(spec)) == _ZERO)
     state[one & ~sound] = OTHER
     return found
+
+
+def _scattered(place: I64, *columns: NDArray[Any]) -> list[NDArray[Any]]:
+    """Columns in the order of memory, each put where it belongs. A loop that reads tables would do so slowly:
+    they drive the columns out of the caches.
+    """
+    out = []
+    for column in columns:
+        put = np.empty_like(column)
+        put[place] = column
+        out.append(put)
+    return out
 
 
 def _outside(spec: LevelSpec) -> np.uint64:
