@@ -271,3 +271,40 @@ def test_build_of_pages(fmt, new_table, where, what):
         assert done is None or content(built) == before
         said.append((done, content(built)))
     assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
+@pytest.mark.parametrize("what", ["nothing", "pa", "beyond", "prot", "taken", "end", "few"])
+def test_build_of_frames(fmt, new_table, what):
+    """A list of pages is mapped as an extent for each of them is, or refused with the same words."""
+    shift = fmt.levels[0].shift
+    n = 9 if what == "few" else 1500
+    iova = 77 << shift
+    if what == "end":
+        iova = (1 << (fmt.input_lg2 - fmt.sign_extend)) - (n // 2 << shift)
+    pas = np.random.default_rng(1).permutation(n).astype(np.uint64) << np.uint64(shift)
+    if what == "pa":
+        pas[700] += np.uint64(512)
+    elif what == "beyond":
+        pas[700] = np.uint64(1 << 60)
+    said = []
+    for prot in (0,) if what == "prot" else (1, 2, 3):
+        said.append([])
+        for compiled in (False, True, None):
+            built = new_table(fmt, size=1 << 20, seed=1)
+            begin = np.uint64(iova) + (np.arange(n, dtype=np.uint64) << np.uint64(shift))
+            e = Extents(begin, begin + np.uint64((1 << shift) - 1), pas, np.full(n, prot, np.uint8))
+            if what == "taken":
+                built.table.map(Extents(e.iova[7:8], e.last[7:8], pas[:1], np.full(1, 3, np.uint8)))
+            before = content(built)
+            if compiled is None:
+                done = outcome(lambda b=built, e=e: b.table.map(e, shift, compiled=False), ValueError)
+            else:
+                done = outcome(
+                    lambda b=built, c=compiled, p=prot: b.table.map_frames(iova, pas, p, compiled=c),
+                    ValueError,
+                )
+            assert (done is None) == (what in ("nothing", "few"))
+            assert done is None or content(built) == before
+            said[-1].append((done, content(built)))
+        assert said[-1][0] == said[-1][1] == said[-1][2]

@@ -272,8 +272,9 @@ WORDS = {
 COLUMNS = ("iova", "last", "pa", "prot")
 #: kernels that the test below compiles
 NAMES = {
-    "_plan", "_runs", "_mixed", "_alike", "_how_many", "_owners", "_count", "_pages", "_ramps", "_add_up",
-    "read_runs", "read_pages", "write_pages", "compare_pages", "join_runs", "sum_alike", "sum_holed", "weigh",
+    "_plan", "_runs", "_mixed", "_alike", "_how_many", "_owners", "_count", "_pages", "_ramps", "_frames",
+    "_add_up", "read_runs", "read_pages", "write_pages", "compare_pages", "join_runs", "sum_alike",
+    "sum_holed", "weigh",
 }  # fmt: skip
 
 
@@ -291,6 +292,7 @@ def test_no_signed_word_and_no_float(new_table):
     built.table.map(Extents.of(pages), compiled=True)
     want = Extents(*(np.concatenate([getattr(e, c) for e in (want, Extents.of(pages))]) for c in COLUMNS))
     assert verify(*built.args, want, compiled=True).equal
+    built.table.map_frames(1 << 38, np.arange(1500, dtype=np.uint64) << np.uint64(12), 3, compiled=True)
     kernels.in_memory_order(np.arange(9)[::-1].copy())
     kernels.in_memory_order(np.array([3, 2, 2]))
     built.ram.store64(walk(*built.args, 0).steps[-1][1], 0)

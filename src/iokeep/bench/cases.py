@@ -25,7 +25,7 @@ JOBS = {
     "expect": "the digest that the areas must give; no table is read",
     "extents": "the canonical extents of the tables",
     "diff": "two tables of the same translations, compared",
-    "build": "the tables written anew into memory that is there",
+    "build": "the tables written anew into memory that is there; the limit is to fill them with one word",
     "rebuild": "policy rebuild: new tables from the areas, compared with the prior ones",
     "adopt": "policy adopt: the prior tables validated against the areas",
     "deferred-start": "policy deferred: adopted at once; first use of 2 MiB, then the sweep",
@@ -36,8 +36,10 @@ JOBS = {
 POLICIES = ("rebuild", "adopt", "deferred-start", "sealed-start", "trust")
 #: what a job is done by, and what it is measured by; which of them depends on the job
 METHODS = {
-    "limit": "the tables of leaves, read once; for build: cleared",
-    "inputs": "the tables of leaves and the expectation, read once",
+    "limit": "the tables of leaves, read once; for build: filled with one word",
+    "inputs": "the tables of leaves as for the limit, and the expectation, read once",
+    "memset": "the tables of leaves, cleared by the C library",
+    "frames": "the engine, compiled, given a list of pages instead of extents",
     "iokeep": "the engine, compiled",
     "numpy": "the engine by NumPy alone",
     "c_walk": "C that walks from the root for each page",
@@ -179,8 +181,20 @@ def build(case: Case, seed: int = 0) -> Built:
     return Built(fmt, ram, table, extents, lg2)
 
 
-def fill(fmt: Format, ram: Ram, pas: U64, extents: Extents, lg2: int | None) -> Table:
-    """Write tables into ``ram``. :param pas: of the tables, in the order in which they are taken."""
+def fill(
+    fmt: Format,
+    ram: Ram,
+    pas: U64,
+    extents: Extents,
+    lg2: int | None,
+    *,
+    compiled: bool | None = None,
+    threads: int | None = None,
+) -> Table:
+    """Write tables into ``ram``. :param pas: of the tables, in the order in which they are taken.
+
+    :param compiled: :param threads: as for ``Table.map``.
+    """
     given = 0
 
     def alloc(n: int, size: int = fmt.table_bytes) -> U64:
@@ -191,7 +205,7 @@ def fill(fmt: Format, ram: Ram, pas: U64, extents: Extents, lg2: int | None) -> 
         return pas[given - n : given].copy()
 
     table = Table.create(fmt, ram, alloc, lambda gone, size=0: None)
-    table.map(extents, max_lg2=lg2)
+    table.map(extents, max_lg2=lg2, compiled=compiled, threads=threads)
     return table
 
 

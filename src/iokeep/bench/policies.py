@@ -137,7 +137,8 @@ class _Rebuild:
             ram = self._fresh()
         else:
             ram.bytes.fill(0)
-        table = fill(fmt, ram, self.pas, built.extents, built.leaf_lg2)
+        args = fmt, ram, self.pas, built.extents, built.leaf_lg2
+        table = fill(*args, compiled=True, threads=self.threads)
         lap.blackout["build"] = clock.lap()
         if self.by_diff:
             pair = fmt, ram, table.root_pa, fmt, built.ram, built.root_pa

@@ -20,6 +20,7 @@ from iokeep.pt.choice import worth_compiled
 from iokeep.pt.extents import Extents
 from iokeep.pt.formats.base import Contig, Format
 from iokeep.pt.leaves import Leaves, leaf_items, raw_ranges
+from iokeep.pt.segments import Runs, Segments, batches, choose_leaves, cut, firsts, places, sizes_of
 from iokeep.pt.tables import Items, TableMemory, clipped, descend, leaves_of, raise_unreadable
 
 #: n -> pas (uint64[n]) of n zeroed tables, aligned to their size: ``fmt.table_bytes``, or the size given as
@@ -34,8 +35,6 @@ TableFree = Callable[..., None]
 COMPILED_WARM = 1 << 20
 COMPILED_COLD = 1 << 30
 COMPILED_COLD_PAGES = 64 << 20
-#: items written at once: their intermediates stay in the cache
-_BATCH = 1 << 16
 #: up to so many extents and items a map, and so many bytes a look at a range, goes item by item
 _SMALL_EXTENTS = 4
 _SMALL_ITEMS = 1024
@@ -51,38 +50,6 @@ class AlreadyMapped(ValueError):
     def __init__(self, iova: int) -> None:
         super().__init__(f"iova {iova:#x} is already mapped")
         self.iova = iova
-
-
-@dataclass(slots=True)
-class _Runs:
-    """Leaves of one size: ``iova`` (raw), ``pa`` uint64[n], ``count`` int64[n] of items, ``prot`` uint8[n];
-    sorted. ``lg2`` of the leaves; ``contig`` where each is so many items.
-    """
-
-    level: int
-    lg2: int
-    contig: Contig | None
-    iova: U64
-    count: I64
-    pa: U64
-    prot: U8
-
-
-@dataclass(slots=True)
-class _Segments:
-    """Runs cut at tables: ``key`` uint64[s] = iova >> bits of one table, ``index`` int64[s] of the first
-    item.
-    """
-
-    level: int
-    contig: Contig | None
-    key: U64
-    index: I64
-    count: I64
-    pa: U64
-    prot: U8
-    unique: U64
-    table: I64
 
 
 @dataclass(slots=True)
@@ -127,7 +94,7 @@ class Table:
         self._inverts = [np.uint64(spec.invert) for spec in fmt.levels]
         self._occupied = [fmt.occupied(level) for level in range(len(fmt.levels))]
         #: (level, log2 size, contiguous entry) of the leaves that Linux makes, from large to small
-        self._all_sizes = _sizes(fmt, None)
+        self._all_sizes = sizes_of(fmt, None)
         self._uniform = len(views) == 1
         self._row(fmt.top_level, root_pa)
 
@@ -236,8 +203,7 @@ class Table:
             return
         if len(extents) >= _SMALL_ITEMS and self._compiled(len(extents), compiled, COMPILED_COLD_PAGES):
             page = self.fmt.levels[0].shift
-            single = page in self.fmt.levels[0].lg2s and (max_lg2 is None or max_lg2 >= page)
-            if single and self._map_pages(extents, threads):
+            if (max_lg2 is None or max_lg2 >= page) and self._map_pages(extents, threads):
                 return
         iova, length = self._checked(extents)
         items = (
@@ -261,18 +227,62 @@ class Table:
         plain = self._tm.plain and self._uniform and not spec.pa_pieces
         return plain and self._words[0].dtype == np.uint64
 
+    def map_frames(
+        self,
+        iova: int,
+        pas: U64,
+        prot: int,
+        *,
+        compiled: bool | None = None,
+        threads: int | None = None,
+    ) -> None:
+        """Map single pages of the smallest size at neighbouring IOVAs from ``iova`` on, each to a pa of its
+        own: what a list of pinned pages is. The result is that of :meth:`map` of an extent for each, whose
+        columns are three times as large as the tables; this reads 8 bytes a page.
+
+        :param pas: uint64[n], in order of IOVA. :param prot: of all. :param compiled: :param threads: as for
+            :meth:`map`.
+        :raises AlreadyMapped, ValueError: as :meth:`map`. Nothing was changed.
+        """
+        spec = self.fmt.levels[0]
+        n, size = len(pas), 1 << spec.shift
+        if n >= _SMALL_ITEMS and prot in (1, 2, 3) and self._compiled(n, compiled, COMPILED_COLD_PAGES):
+            from iokeep.pt import fill
+
+            def write(words: U64, row: I64) -> bool:
+                return fill.frames(self.fmt, words, row, iova, pas, prot, threads)
+
+            if fill.in_line(self.fmt, iova, iova + n * size - 1, n) and self._map_new(iova, n, write):
+                return
+        begin = np.uint64(iova) + (np.arange(n, dtype=np.uint64) << np.uint64(spec.shift))
+        last = begin + np.uint64(size - 1)
+        self.map(Extents(begin, last, pas, np.full(n, prot, np.uint8)), spec.shift, compiled=compiled)
+
     def _map_pages(self, e: Extents, threads: int | None) -> bool:
         """Map single pages of neighbouring IOVAs into new tables, checked as they are written. False = they
         are something else; nothing was changed.
         """
         from iokeep.pt import fill
 
+        def write(words: U64, row: I64) -> bool:
+            return fill.pages(self.fmt, words, row, e, threads)
+
+        first = int(e.iova[0])
+        in_line = fill.in_line(self.fmt, first, int(e.last[-1]), len(e))
+        return in_line and self._map_new(first, len(e), write)
+
+    def _map_new(self, iova: int, n: int, write: Callable[[U64, I64], bool]) -> bool:
+        """Map ``n`` pages from ``iova`` on into new tables. False = tables are there already, the format has
+        no such leaf, or ``write`` says so; nothing was changed.
+
+        :param write: given all memory (uint64[rows, items]) and the rows of the tables, writes their items.
+        """
         fmt, spec = self.fmt, self.fmt.levels[0]
-        if not fill.in_line(fmt, e):
+        if spec.shift not in spec.lg2s:
             return False
         low = (1 << fmt.input_lg2) - 1
         bits = spec.shift + spec.index_bits
-        first, last = (int(e.iova[0]) & low) >> bits, (int(e.last[-1]) & low) >> bits
+        first, last = (iova & low) >> bits, ((iova + (n << spec.shift) - 1) & low) >> bits
         keys = [np.arange(first, last + 1, dtype=np.uint64)]
         keys += [np.zeros(0, np.uint64) for _ in fmt.levels[1:]]
         try:
@@ -282,7 +292,7 @@ class Table:
         if int(needed[0].row.max()) >= 0:
             return False
         missing = self._allocated(needed)
-        if not fill.pages(fmt, self._words[0].view(np.uint64), needed[0].row, e, threads):
+        if not write(self._words[0].view(np.uint64), needed[0].row):
             self._give_back([(level, needed[level].pa[new]) for level, new in enumerate(missing)])
             return False
         self._link(needed, missing)
@@ -313,7 +323,7 @@ class Table:
 
     def _runs(self, iova: int, length: int, pa: int, prot: int, max_lg2: int | None) -> list[_Small]:
         """:func:`choose_leaves` of one extent, in order."""
-        sizes = self._all_sizes if max_lg2 is None else _sizes(self.fmt, max_lg2)
+        sizes = self._all_sizes if max_lg2 is None else sizes_of(self.fmt, max_lg2)
         out = []
         while length:
             fits = (
@@ -438,9 +448,9 @@ class Table:
     def _extended(self, raw: int) -> int:
         return int(self.fmt.extend(np.array([raw], np.uint64))[0])
 
-    def _map_arrays(self, runs: list[_Runs], compiled: bool | None, threads: int | None) -> None:
+    def _map_arrays(self, runs: list[Runs], compiled: bool | None, threads: int | None) -> None:
         fmt = self.fmt
-        segments = [_cut(fmt, run) for run in runs]
+        segments = [cut(fmt, run) for run in runs]
         keys = [np.zeros(0, np.uint64) for _ in fmt.levels]
         for seg in segments:  # a level with contiguous entries has several
             keys[seg.level] = unique(keys[seg.level], seg.unique) if len(keys[seg.level]) else seg.unique
@@ -497,7 +507,7 @@ class Table:
         fmt = self.fmt
         for level in range(fmt.top_level):
             up = keys[level] >> np.uint64(fmt.levels[level + 1].index_bits)
-            up = up[_firsts(up)]
+            up = up[firsts(up)]
             keys[level + 1] = unique(keys[level + 1], up) if len(keys[level + 1]) else up
         root = np.array([self.root_pa], np.uint64)
         out = [_Needed(np.zeros(1, np.uint64), root, self._rows(fmt.top_level, root))]
@@ -520,20 +530,20 @@ class Table:
             out.insert(0, _Needed(key, pa, row))
         return out
 
-    def _check_free(self, seg: _Segments, needed: _Needed) -> list[tuple[int, U64]]:
+    def _check_free(self, seg: Segments, needed: _Needed) -> list[tuple[int, U64]]:
         """Level and pas of emptied tables where the leaves go. :raises AlreadyMapped: one place is taken."""
         spec = self.fmt.levels[seg.level]
         old = needed.row[seg.table] >= 0
         if not old.any():
             return []
         replaced: list[tuple[int, U64]] = []
-        there = _Segments(
+        there = Segments(
             seg.level, seg.contig, seg.key[old], seg.index[old], seg.count[old], seg.pa[old], seg.prot[old],
             seg.unique, seg.table[old],
         )  # fmt: skip
         flat = self._words[seg.level].reshape(-1)
-        for part in _batches(there.count):
-            where, owner, _ = _places(there, needed.row, part, spec.items)
+        for part in batches(there.count):
+            where, owner, _ = places(there, needed.row, part, spec.items)
             item = flat[where].astype(np.uint64, copy=False) ^ self._inverts[seg.level]
             busy = np.flatnonzero(item & np.uint64(self._occupied[seg.level]))
             if len(busy):
@@ -543,7 +553,7 @@ class Table:
                 replaced += self._emptied(seg.level, item[busy], iova)
         return replaced
 
-    def _write(self, seg: _Segments, rows: I64, compiled: bool | None, threads: int | None) -> None:
+    def _write(self, seg: Segments, rows: I64, compiled: bool | None, threads: int | None) -> None:
         spec = self.fmt.levels[seg.level]
         full = np.flatnonzero(seg.count == spec.items)
         words = self._words[seg.level]
@@ -566,13 +576,13 @@ class Table:
             if every:
                 return
             rest = seg.count != spec.items
-            seg = _Segments(
+            seg = Segments(
                 seg.level, seg.contig, seg.key[rest], seg.index[rest], seg.count[rest], seg.pa[rest],
                 seg.prot[rest], seg.unique, seg.table[rest],
             )  # fmt: skip
         flat = words.reshape(-1)
-        for part in _batches(seg.count):
-            where, owner, inner = _places(seg, rows, part, spec.items)
+        for part in batches(seg.count):
+            where, owner, inner = places(seg, rows, part, spec.items)
             pa, prot = seg.pa[part], seg.prot[part]
             if owner is not None and inner is not None:
                 pa = pa[owner] + (inner.astype(np.uint64) << np.uint64(spec.shift))
@@ -704,7 +714,7 @@ class Table:
         raw = iovas & np.uint64((1 << fmt.input_lg2) - 1)
         block = np.uint64(min(fmt.levels[0].shift + fmt.levels[0].index_bits, 63))
         # Neighbours share all tables but the last look-up: walk once per run of them.
-        first = _firsts(raw >> block)
+        first = firsts(raw >> block)
         one = raw[first]
         row = np.full(len(first), self._row(fmt.top_level, self.root_pa), np.int64)
         done = np.zeros(len(first), np.bool_)
@@ -793,7 +803,7 @@ class Table:
 def _above(key: U64, above: _Needed, bits: int) -> tuple[I64, I64]:
     """Row of the table above each of the tables with sorted ``key``, and the item there that points to it."""
     up = key >> np.uint64(bits)
-    first = _firsts(up)
+    first = firsts(up)
     row = above.row[np.searchsorted(above.key, up[first])]
     count = np.diff(first, append=len(up))
     return np.repeat(row, count), (key & np.uint64((1 << bits) - 1)).view(np.int64)
@@ -812,128 +822,6 @@ def _tables(fmt: Format, level: int, n: int, alloc: TableAllocator) -> U64:
     """n zeroed tables of a level."""
     size = fmt.bytes_of(level)
     return alloc(n) if _standard(fmt, size) else alloc(n, size)
-
-
-def _sizes(fmt: Format, max_lg2: int | None) -> list[tuple[int, int, Contig | None]]:
-    """(level, log2 size, contiguous entry) of the leaves that Linux makes, from large to small."""
-    out: list[tuple[int, int, Contig | None]] = []
-    for level, spec in enumerate(fmt.levels):
-        runs = {spec.shift + c.lg2: c for c in spec.contig}
-        for lg2 in spec.lg2s:
-            if max_lg2 is None or lg2 <= max_lg2:
-                out.append((level, lg2, None if lg2 == spec.shift else runs[lg2]))
-    if not out:
-        raise ValueError(f"{fmt.name} has no leaf of at most 2**{max_lg2} bytes")
-    return out[::-1]
-
-
-def _firsts(values: U64) -> NDArray[np.intp]:
-    """Positions where a value differs from the one before."""
-    if not len(values):
-        return np.zeros(0, np.intp)
-    return np.concatenate((np.zeros(1, np.intp), np.flatnonzero(values[1:] != values[:-1]) + 1))
-
-
-def choose_leaves(fmt: Format, iova: U64, length: U64, pa: U64, prot: U8, max_lg2: int | None) -> list[_Runs]:
-    """Leaf sizes as ``iommu_pgsize()`` takes them: runs per level, from large to small. ``iova`` is raw."""
-    sizes = _sizes(fmt, max_lg2)
-    out = []
-    # In pages of the smallest level: the end of a space of 64 bits is no uint64 of bytes.
-    page = fmt.levels[0].shift
-    unit = np.uint64(page)
-    first, pages = iova >> unit, length >> unit
-    for level, lg2, contig in sizes[:-1]:
-        mask = np.uint64((1 << (lg2 - page)) - 1)
-        begin, end = (first + mask) & ~mask, (first + pages) & ~mask
-        fits = (((first ^ (pa >> unit)) & mask) == 0) & (end > begin)
-        if not fits.any():
-            continue
-        b, e, i, n = begin[fits], end[fits], first[fits], pages[fits]
-        count = ((e - b) >> np.uint64(fmt.levels[level].shift - page)).astype(np.int64)
-        start = pa[fits] + ((b - i) << unit)
-        out.append(_sorted(_Runs(level, lg2, contig, b << unit, count, start, prot[fits])))
-        rest = ~fits
-        head, tail = b > i, i + n > e
-        first, pages, pa, prot = (
-            np.concatenate((first[rest], i[head], e[tail])),
-            np.concatenate((pages[rest], (b - i)[head], (i + n - e)[tail])),
-            np.concatenate((pa[rest], pa[fits][head], (pa[fits] + ((e - i) << unit))[tail])),
-            np.concatenate((prot[rest], prot[fits][head], prot[fits][tail])),
-        )
-    level, lg2, contig = sizes[-1]
-    if len(first):
-        count = (pages >> np.uint64(fmt.levels[level].shift - page)).astype(np.int64)
-        out.append(_sorted(_Runs(level, lg2, contig, first << unit, count, pa, prot)))
-    return out
-
-
-def _sorted(runs: _Runs) -> _Runs:
-    if bool((runs.iova[1:] > runs.iova[:-1]).all()):
-        return runs
-    order = np.argsort(runs.iova, kind="stable")
-    return _Runs(
-        runs.level,
-        runs.lg2,
-        runs.contig,
-        runs.iova[order],
-        runs.count[order],
-        runs.pa[order],
-        runs.prot[order],
-    )
-
-
-def _cut(fmt: Format, runs: _Runs) -> _Segments:
-    """Runs cut where one table ends and the next begins."""
-    spec = fmt.levels[runs.level]
-    shift, bits, one = np.uint64(spec.shift), np.uint64(spec.index_bits), np.uint64(1)
-    start = runs.iova >> shift  # in items
-    key = start >> bits
-    last_key = (start + runs.count.view(np.uint64) - one) >> bits
-    index = (start & np.uint64(spec.items - 1)).view(np.int64)
-    pa, prot, count = runs.pa, runs.prot, runs.count
-    if bool((last_key != key).any()):
-        parts = (last_key - key).astype(np.int64) + 1
-        after = np.cumsum(parts)
-        head = after - parts
-        inner, total = index, int(after[-1])
-        key = np.arange(total, dtype=np.uint64) + np.repeat(key - head.view(np.uint64), parts)
-        # All but the first and the last piece of a run are whole tables.
-        index, count = np.zeros(total, np.int64), np.full(total, spec.items)
-        index[head], count[head] = inner, spec.items - inner
-        tail = after - 1
-        count[tail] = inner + runs.count - (((parts - 1) << spec.index_bits) + index[tail])
-        begin = np.repeat(pa - (start << shift), parts)
-        pa = begin + (((key << bits) + index.view(np.uint64)) << shift)
-        prot = np.repeat(prot, parts)
-    first = _firsts(key)
-    if len(first) == len(key):
-        return _Segments(runs.level, runs.contig, key, index, count, pa, prot, key, np.arange(len(key)))
-    step = np.zeros(len(key), np.int64)
-    step[first[1:]] = 1
-    return _Segments(runs.level, runs.contig, key, index, count, pa, prot, key[first], np.cumsum(step))
-
-
-def _batches(count: I64) -> list[slice]:
-    """Slices of segments of about _BATCH items each; a segment is never cut."""
-    ends = np.cumsum(count)
-    cuts = np.searchsorted(ends, np.arange(_BATCH, int(ends[-1]) + _BATCH, _BATCH), side="left") + 1
-    bounds = np.unique(np.concatenate((np.zeros(1, np.int64), np.minimum(cuts, len(ends)))))
-    return [slice(lo, hi) for lo, hi in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)]
-
-
-def _places(seg: _Segments, rows: I64, part: slice, items: int) -> tuple[I64, I64 | None, I64 | None]:
-    """Flat item numbers in memory of the segments ``part``; which segment owns each, and its place therein.
-
-    Owner and place are None where every segment is one item.
-    """
-    base = rows[seg.table[part]] * items + seg.index[part]
-    count = seg.count[part]
-    total = int(count.sum())
-    if total == len(count):
-        return base, None, None
-    owner = np.repeat(np.arange(len(count)), count)
-    inner = np.arange(total) - np.repeat(np.cumsum(count) - count, count)
-    return base[owner] + inner, owner, inner
 
 
 def _skips(level: int) -> str:

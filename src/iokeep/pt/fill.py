@@ -68,6 +68,29 @@ def _pages(
     return True
 
 
+@compiled
+def _frames(words: U64, row: I64, opens: I64, closes: I64, frame: I64, pas: U64, masks: U64) -> bool:
+    """Items opens[t] ... closes[t] - 1 of tables are the pages ``pas`` from ``frame[t]`` on. :return: all can
+    be.
+
+    :param masks: pa bits that cannot be said, shift of the pa, all other bits of an item.
+    """
+    outside, pa_shift, always = masks[0], masks[1], masks[2]
+    odd = _ZERO
+    room = np.empty(words.shape[1], np.uint64)
+    for t in range(len(row)):
+        n = closes[t] - opens[t]
+        pa = pas[frame[t] : frame[t] + n]
+        for i in range(np.uint64(n)):
+            odd |= pa[i]
+            room[i] = (pa[i] >> pa_shift) ^ always
+        stream(words[row[t]][opens[t] : closes[t]], room)
+        if odd & outside != _ZERO:
+            return False
+    done()
+    return True
+
+
 def ramps(
     fmt: Format, words: U64, row: I64, first: U64, contig: Contig | None, threads: int | None = None
 ) -> None:
@@ -88,10 +111,9 @@ def ramps(
     over_threads(work, len(rows), fmt.table_bytes, threads)
 
 
-def in_line(fmt: Format, e: Extents) -> bool:
-    """Whether extents may be single pages of neighbouring IOVAs, by a look at the ends: see :func:`pages`."""
-    shift, n = fmt.levels[0].shift, len(e)
-    first, last = int(e.iova[0]), int(e.last[-1])
+def in_line(fmt: Format, first: int, last: int, n: int) -> bool:
+    """Whether ``n`` extents of the IOVAs [first, last] may be single pages in a row: see :func:`pages`."""
+    shift = fmt.levels[0].shift
     covered = fmt.covers(first) and fmt.covers(last) and (first ^ last) >> 63 == 0
     return covered and first & ((1 << shift) - 1) == 0 and last - first == (n << shift) - 1
 
@@ -108,13 +130,8 @@ def pages(fmt: Format, words: U64, row: I64, e: Extents, threads: int | None = N
     bits = [value | spec.leaf_base for value in spec.prot_bits]
     perms = [bits[1] ^ bits[2] ^ bits[3], bits[3] ^ bits[2], bits[3] ^ bits[1]]
     masks = np.array([spec.shift, small, outside, spec.pa_shift, *perms], np.uint64)
-    offset = (int(e.iova[0]) >> spec.shift) & (spec.items - 1)
-    extent = np.maximum(np.arange(len(row), dtype=np.int64) * spec.items - offset, 0)
-    after = np.append(extent[1:], len(e))
-    begin = np.zeros(len(row), np.int64)
-    begin[0] = offset
+    begin, stop, extent = _places(fmt, len(row), int(e.iova[0]), len(e))
     start = e.iova[0] + (extent.view(np.uint64) << np.uint64(spec.shift))
-    stop = begin + (after - extent)
     columns = (e.iova, e.last, e.pa, e.prot)
     sound: list[bool] = []
 
@@ -124,3 +141,32 @@ def pages(fmt: Format, words: U64, row: I64, e: Extents, threads: int | None = N
 
     over_threads(work, len(row), 4 * fmt.table_bytes, threads)
     return all(sound)
+
+
+def frames(
+    fmt: Format, words: U64, row: I64, iova: int, pas: U64, prot: int, threads: int | None = None
+) -> bool:
+    """As :func:`pages`, of pages from ``iova`` on that have one prot. :param pas: of each."""
+    spec = fmt.levels[0]
+    outside = ~spec.leaf_pa(_MAX) & _MAX | ((1 << spec.shift) - 1)
+    masks = np.array([outside, spec.pa_shift, fmt.leaf_bits(0, prot)], np.uint64)
+    begin, stop, frame = _places(fmt, len(row), iova, len(pas))
+    sound: list[bool] = []
+
+    def work(a: int, b: int) -> None:
+        sound.append(_frames(words, row[a:b], begin[a:b], stop[a:b], frame[a:b], pas, masks))
+
+    over_threads(work, len(row), 2 * fmt.table_bytes, threads)
+    return all(sound)
+
+
+def _places(fmt: Format, tables: int, iova: int, n: int) -> tuple[I64, I64, I64]:
+    """Of pages in a row from ``iova`` on: the first item in each table, the one after the last, and the
+    number of the first page.
+    """
+    spec = fmt.levels[0]
+    offset = (iova >> spec.shift) & (spec.items - 1)
+    page = np.maximum(np.arange(tables, dtype=np.int64) * spec.items - offset, 0)
+    begin = np.zeros(tables, np.int64)
+    begin[0] = offset
+    return begin, begin + (np.append(page[1:], n) - page), page

@@ -14,11 +14,11 @@ import numpy as np
 
 from iokeep.mem.arrays import unique
 from iokeep.mem.memory import Memory
-from iokeep.pt.build import choose_leaves
 from iokeep.pt.compare import LayoutRange, clip
 from iokeep.pt.extents import U8, U64, Extents
 from iokeep.pt.formats.base import Format
 from iokeep.pt.leaves import Leaves
+from iokeep.pt.segments import choose_leaves
 from iokeep.pt.tables import TableMemory, descend, expand, raise_unreadable
 
 _ONE = np.uint64(1)

@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 from iokeep.mem.arrays import unique
 from iokeep.mem.memory import I64, U8, U64, Memory
 from iokeep.pt.attributes import Differences, compare_flags, judged, table_traits
-from iokeep.pt.build import choose_leaves
 from iokeep.pt.choice import worth_compiled
 from iokeep.pt.compare import Comparison, Found, LayoutRange, Spans, Verdict, clip_extents, find
 from iokeep.pt.extents import PROT_R, PROT_W, Extents
 from iokeep.pt.formats.base import Contig, Format, LevelSpec
 from iokeep.pt.layout import Layout, compare_layouts, table_layout
 from iokeep.pt.leaves import Leaves, kernels_down, upper_within
+from iokeep.pt.segments import choose_leaves
 from iokeep.pt.shape import unfit
 from iokeep.pt.tables import (
     ABSENT,
