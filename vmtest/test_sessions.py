@@ -56,3 +56,26 @@ def test_every_row_is_wanted(mode: str) -> None:
 def test_the_examples_of_the_documentation(mode: str) -> None:
     """A second live update, of the kernel that the first one booted."""
     assert run(mode)[2].endswith("\na guest's memory\n")
+
+
+@Boot
+def broken(mode: str) -> tuple[str, str]:
+    """A duplicate name at a full block: what the program printed, and how the machine ended."""
+    machine = vm.machines()[mode]
+    with vm.boot(machine, in_turn(module("broken_name")), name="broken-name", seconds=200) as guest:
+        try:
+            guest.wait()
+        except vm.GuestError as error:
+            return (guest.directory / "output.log").read_text(), str(error)
+    return (guest.directory / "output.log").read_text(), f"exit status {guest.status}"
+
+
+@pytest.mark.parametrize("mode", [broken.case(MODE)])
+def test_the_name_that_breaks_the_next_boot(mode: str) -> None:
+    """A bug of Linux 7.3.4, and why preflight warns. Where this fails, the kernel is mended: say so there."""
+    printed, end = broken(mode)
+    assert "preflight: refused EEXIST" in printed
+    assert "preflight: warning : 51 sessions are open" in printed
+    assert "kernel: EEXIST" in printed
+    assert "jump, with 51 sessions" in printed
+    assert "Kernel panic - not syncing: The incoming tree failed to initialize" in end

@@ -485,7 +485,7 @@ def check_name(name: str, sessions: Sequence[str]) -> list[Problem]:
             "",
             f"{len(sessions)} sessions are open, a multiple of {SESSIONS_PER_BLOCK}: on Linux 7.3 the "
             "attempt alone leaves an empty block in the records, and the next kernel panics at boot",
-            "do not try it; if it was tried, create one more session before the kexec",
+            "do not try it; if it was tried, create one more session before the kexec, which fills the block",
         ),
     ]
 
