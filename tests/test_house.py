@@ -21,7 +21,7 @@ FLOORS = [
     {"cli"},
 ]
 STANDALONE = {"report"}
-NUMBA_MODULES = {"pt/kernels.py", "pt/stores.py", "soft/hardware/engine.py"}
+NUMBA_MODULES = {"pt/kernels.py", "pt/cache.py", "soft/hardware/engine.py"}
 
 
 def room_of(path: Path) -> str:

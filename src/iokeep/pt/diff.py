@@ -143,8 +143,11 @@ def _equal(a: _Side, b: _Side, limit: int, threads: int | None, *, compiled: boo
     if not runs.readable(a.tm) or not runs.readable(b.tm):
         return None
     of_a, of_b = a.upper.tables(fmt_a), b.upper.tables(fmt_b)
-    runs_a = runs.runs_of(a.tm, of_a, threads, compiled=compiled)
-    runs_b = runs.runs_of(b.tm, of_b, threads, compiled=compiled)
+    if fmt_a == fmt_b and not runs.likely(a.tm, of_a) and not runs.likely(b.tm, of_b):
+        runs_a, runs_b = runs.unread(of_a), runs.unread(of_b)  # pages, of which each is read once
+    else:
+        runs_a = runs.runs_of(a.tm, of_a, threads, compiled=compiled)
+        runs_b = runs.runs_of(b.tm, of_b, threads, compiled=compiled)
     left_a, left_b = np.flatnonzero(runs_a.state == OTHER), np.flatnonzero(runs_b.state == OTHER)
     pages = 0
     if fmt_a == fmt_b and len(left_a) and len(left_b):

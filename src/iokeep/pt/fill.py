@@ -8,10 +8,10 @@ from __future__ import annotations
 import numpy as np
 
 from iokeep.mem.memory import I64, U64
+from iokeep.pt.cache import done, stream
 from iokeep.pt.extents import Extents
 from iokeep.pt.formats.base import Contig, Format
 from iokeep.pt.kernels import compiled, in_memory_order, over_threads
-from iokeep.pt.stores import done, stream
 
 _ZERO = np.uint64(0)
 _ONE = np.uint64(1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from iokeep.mem.memory import I64, U8, U64
+from iokeep.pt.cache import ahead
 from iokeep.pt.kernels import compiled
 from iokeep.pt.runs import EMPTY, OTHER, RUN
 
@@ -166,22 +167,31 @@ def compare_pages(
     """
     same, valid, full = masks[1], masks[2], masks[6]
     size = np.uint64(items.shape[1])
+    after = len(row) - 1
     for t in range(len(row)):
         table, other = items[row[t]], others[other_row[t]]
+        ahead(items[row[min(t + 1, after)]])
+        ahead(others[other_row[min(t + 1, after)]])
         first = table[_ZERO]
-        if first & valid == _ZERO:
+        differ, wrong, number = _ZERO, _ZERO, _ZERO
+        for i in range(size):  # without a hole, most likely
+            item = table[i]
+            differ |= item ^ other[i]
+            wrong |= item ^ first
+            number += _ONE if item & valid != _ZERO else _ZERO
+        wrong = (wrong & same) | (differ & full)
+        if number != size:
             for i in range(size):
                 if table[i] & valid != _ZERO:
                     first = table[i]
                     break
-        wrong, number = _ZERO, _ZERO
-        for i in range(size):
-            item = table[i]
-            there = _ONE if item & valid != _ZERO else _ZERO
-            to = other[i]
-            wrong |= ((item ^ to) & full | (item ^ first) & same) & (_ZERO - there)
-            wrong |= to & valid & (there - _ONE)
-            number += there
+            wrong = _ZERO
+            for i in range(size):
+                item = table[i]
+                there = _ONE if item & valid != _ZERO else _ZERO
+                to = other[i]
+                wrong |= ((item ^ to) & full | (item ^ first) & same) & (_ZERO - there)
+                wrong |= to & valid & (there - _ONE)
         head[t] = first
         odd[t] = wrong
         pages[t] = np.int64(number)

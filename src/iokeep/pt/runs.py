@@ -53,7 +53,7 @@ def readable(tm: TableMemory, level: int = 0) -> bool:
 def likely(tm: TableMemory, tables: Tables) -> bool:
     """Whether most of some tables, looked at here and there, may be runs."""
     spec = tm.fmt.levels[tables.level]
-    rows = tables.row[:: -(-len(tables) // _FEW)]
+    rows = tables.row[:: max(-(-len(tables) // _FEW), 1)]
     items = tm.view(tables.level).data.view(np.uint64)[:, :2][rows]
     step = items[:, 1] - items[:, 0]
     step &= np.uint64(_same(spec) | spec.leaf_pa_mask)
@@ -338,6 +338,13 @@ def runs_of(tm: TableMemory, tables: Tables, threads: int | None = None, *, comp
     sound = mean.sound[mean.sort] & (top >= pa) & ((top & _outside(spec)) == _ZERO)
     state[one & ~sound] = OTHER
     return found
+
+
+def unread(tables: Tables) -> Runs:
+    """Tables of which none is taken for a run: all are OTHER."""
+    n = len(tables)
+    mean = _means_of(np.zeros(n, np.int16), [_NOTHING])
+    return Runs(tables.level, np.zeros(n, np.uint8), tables.base, np.zeros(n, np.uint64), mean)
 
 
 def _scattered(place: I64, *columns: NDArray[Any]) -> list[NDArray[Any]]:

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stores past the cache, for compiled loops that write more than a cache holds.
+"""What compiled loops tell the cache: stores past it, and what is read next.
 
 A plain store fetches the line that it is going to overwrite, slowly so in tables that lie anywhere in memory.
 A non-temporal one (LLVM: metadata ``nontemporal`` of a store; x86 MOVNT*, Arm STNP) does not. What is to be
-stored is made in a row of its own, which stays in the first cache.
+stored is made in a row of its own, which stays in the first cache. Such stores are weakly ordered (Intel SDM
+vol. 1, 10.4.6.2): a loop ends with :func:`done`, before anything points to what it wrote.
 
-Such stores are weakly ordered (Intel SDM vol. 1, 10.4.6.2): a loop ends with :func:`done`, before anything
-points to what it wrote. With ``NUMBA_DISABLE_JIT=1`` both are plain Python.
+Processors fetch ahead within a table, not from one to another that lies elsewhere: :func:`ahead` begins that.
+In tables that are read in the order of memory it is of no use.
+
+With ``NUMBA_DISABLE_JIT=1`` all is plain Python.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ from iokeep.pt.choice import jit
 
 #: words of one store
 _LANES = 4
+#: bytes of a line, and how many of a table are fetched ahead: the processor goes on from there
+_LINE, _LINES = 64, 8
 _WORD = ir.IntType(64)
 
 
@@ -35,6 +40,10 @@ def _plain_stream(to: U64, row: U64) -> None:
 
 
 def _plain_done() -> None:
+    pass
+
+
+def _plain_ahead(row: U64) -> None:
     pass
 
 
@@ -78,5 +87,25 @@ def _done(typing: Any) -> Any:
     return types.void(), code
 
 
+def _ahead(typing: Any, row: Any) -> Any:
+    """A row of uint64 is read soon. (A fetch of what is not there does nothing.)"""
+    if row.dtype != types.uint64 or row.ndim != 1 or row.layout != "C":
+        return None
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        byte, small = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, small, small, small])
+        fetch = builder.module.declare_intrinsic("llvm.prefetch", (byte,), kind)
+        how = [ir.Constant(small, value) for value in (0, 3, 1)]  # to be read, often, as data
+        for line in range(_LINES):
+            place = builder.gep(array.data, [_number(line * _LINE // 8)])
+            builder.call(fetch, [builder.bitcast(place, byte), *how])
+        return context.get_dummy_value()
+
+    return types.void(row), code
+
+
 stream: Any = intrinsic(_stream) if jit() else _plain_stream
 done: Any = intrinsic(_done) if jit() else _plain_done
+ahead: Any = intrinsic(_ahead) if jit() else _plain_ahead

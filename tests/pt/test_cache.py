@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stores past the cache write what plain ones write, aligned or not, and nothing beside."""
+"""Stores past the cache write what plain ones write, aligned or not, and nothing beside.
+
+Reading ahead does nothing that shows.
+"""
 
 import subprocess
 import sys
@@ -7,15 +10,16 @@ import sys
 import numpy as np
 import pytest
 
-from iokeep.pt import stores
+from iokeep.pt import cache
 from iokeep.pt.choice import jit
 from iokeep.pt.kernels import compiled
 
 
 @compiled
 def _copy(room, begin, length, row):
-    stores.stream(room[begin : begin + length], row)
-    stores.done()
+    cache.stream(room[begin : begin + length], row)
+    cache.done()
+    cache.ahead(room[begin:])
 
 
 @pytest.mark.parametrize("begin", range(9))
@@ -30,7 +34,7 @@ def test_stream(begin, length):
 
 
 @pytest.mark.skipif(not jit(), reason="looks at what is compiled")
-def test_other_types_are_no_stores():
+def test_other_types_are_refused():
     """A word that is signed or not 8 bytes is refused when compiled, not converted."""
     from numba.core.errors import TypingError
 
@@ -43,10 +47,10 @@ def test_other_types_are_no_stores():
 def test_without_a_compiler_they_are_plain():
     code = (
         "import numpy as np\n"
-        "from iokeep.pt import stores\n"
+        "from iokeep.pt import cache\n"
         "room = np.zeros(9, np.uint64)\n"
-        "stores.stream(room[1:4], np.arange(5, dtype=np.uint64))\n"
-        "stores.done()\n"
+        "cache.stream(room[1:4], np.arange(5, dtype=np.uint64))\n"
+        "cache.done()\n"
         "print(room.tolist())\n"
     )
     done = subprocess.run(
