@@ -14,6 +14,8 @@ from conf_selftest import (
     IOMMU_VIOMMU_TYPE_SELFTEST,
 )
 
+from iokeep.uapi.errnos import MEANINGS
+
 MACHINE = open_machine()
 pytestmark = pytest.mark.skipif("mock" not in device_kinds(MACHINE), reason="this machine has no mock IOMMU")
 PAGES = 8
@@ -103,6 +105,12 @@ def test_alloc(scene, fields, answer):
     if isinstance(made, str):
         assert outcome(scene.env.unmap, scene.fd, scene.ioas) == (PAGES + 1) * PAGE
         assert scene.env.ioas(scene.fd) == scene.viommu + 1
+
+
+def test_every_errno_is_explained():
+    """What a refusal means, in the words of the client library."""
+    refusals = {answer for _, answer in ROWS if isinstance(answer, str)} | {"EEXIST", "EADDRINUSE", "EFAULT"}
+    assert sorted(each for each in refusals if each not in MEANINGS["IOMMU_HW_QUEUE_ALLOC"]) == []
 
 
 def test_what_is_pinned_stays_mapped(scene):

@@ -269,6 +269,27 @@ def test_a_fault_queue_needs_pri(env):
     env.destroy(iommufd, made)
 
 
+@pytest.mark.skipif(MACHINE.iommu == "amd", reason="AMD's driver refuses no HWPT that it has made")
+def test_a_move_that_is_refused_keeps_what_is_reserved(env):
+    """A listed bug of Linux 7.3.4 (iommufd_device_do_replace, err_unresv): within one IOAS the device's
+    reserved ranges are given back, though it stays; then the MSI window can be mapped.
+    """
+    fd, iommufd, dev = bound(env)
+    ioas = env.ioas(iommufd)
+    queue = env.call(iommufd, "IOMMU_FAULT_QUEUE_ALLOC")
+    env.owned(queue.out_fault_fd)
+    own = env.hwpt(iommufd, dev, ioas)
+    bad = env.hwpt(iommufd, dev, ioas, uapi.IOMMU_HWPT_FAULT_ID_VALID, fault_id=queue.out_fault_id)
+    assert [attach(env, fd, own), attach(env, fd, bad)] == [own, "ENODEV"]
+    mapped = outcome(env.map_file, iommufd, ioas, env.memfd(PAGE), 0, PAGE, MSI_WINDOW)
+    assert mapped == (MSI_WINDOW if MACHINE.name == "kernel" else "EINVAL")
+    # within two it keeps them
+    other = env.ioas(iommufd)
+    bad = env.hwpt(iommufd, dev, other, uapi.IOMMU_HWPT_FAULT_ID_VALID, fault_id=queue.out_fault_id)
+    assert attach(env, fd, bad) == "ENODEV"
+    assert env.map_file(iommufd, other, env.memfd(PAGE), 0, PAGE, MSI_WINDOW) == MSI_WINDOW
+
+
 def test_info(env):
     fd, _, _ = bound(env)
     info = env.call(fd, "VFIO_DEVICE_GET_INFO")

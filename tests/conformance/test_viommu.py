@@ -27,7 +27,8 @@ from conf_selftest import (
 )
 
 from iokeep.iommufd.client import Iommufd, IommufdError
-from iokeep.iommufd.viommu import Event, EventQueue, Viommu, invalidate
+from iokeep.iommufd.viommu import Event, EventQueue, InvalidationRefused, Viommu, invalidate
+from iokeep.uapi.errnos import MEANINGS
 
 MACHINE = open_machine()
 KINDS = device_kinds(MACHINE)
@@ -218,6 +219,19 @@ def test_what_is_left_goes_with_the_iommufd(scene):
     scene.replace(scene.nested)
     scene.env.close(scene.queue().fd)
     scene.make(data_len=24, data_uptr=scene.names["buffer"])
+
+
+def test_every_errno_is_explained():
+    """What a refusal means for that ioctl, in the words of the client library."""
+    tables = {
+        "IOMMU_VIOMMU_ALLOC": ROWS,
+        "IOMMU_HWPT_ALLOC": HWPT_ROWS,
+        "IOMMU_VEVENTQ_ALLOC": QUEUE_ROWS,
+        "IOMMU_HWPT_INVALIDATE": [(0, answer[0]) for _, answer in WRONG] + [(0, "EOPNOTSUPP"), (0, "E2BIG")],
+        "IOMMU_VDEVICE_ALLOC": [(0, "ENOENT"), (0, "EEXIST"), (0, "EINVAL")],
+    }
+    refusals = {(name, row[1]) for name, rows in tables.items() for row in rows if isinstance(row[1], str)}
+    assert sorted(pair for pair in refusals if pair[1] not in MEANINGS[pair[0]]) == []
 
 
 # ---- pages of a vIOMMU
@@ -649,6 +663,10 @@ def test_by_the_client_library(scene):
             assert queue.read(4, 3) == [Event(0, five), Event(1, five), Event(2, None)]
         entries = [bytes(iommu_viommu_invalidate_selftest(0, 5, n)) for n in range(2)]
         assert invalidate(iommufd, viommu.id, IOMMU_VIOMMU_INVALIDATE_DATA_SELFTEST, entries) == 2
+        entries.insert(1, bytes(iommu_viommu_invalidate_selftest(0, 6, 0)))
+        with pytest.raises(InvalidationRefused) as refused:
+            invalidate(iommufd, viommu.id, IOMMU_VIOMMU_INVALIDATE_DATA_SELFTEST, entries)
+        assert (refused.value.errno_name, refused.value.done) == ("EINVAL", 1)
         with pytest.raises(IommufdError):
             viommu.destroy()
         env.mock_replace(iommufd.fd, stdev, ioas.id)

@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from iokeep.iommufd.client import Iommufd, IommufdError, VfioDevice
-from iokeep.iommufd.viommu import Event, EventQueue, FaultQueue, Viommu, invalidate
+from iokeep.iommufd.viommu import Event, EventQueue, FaultQueue, InvalidationRefused, Viommu, invalidate
 from iokeep.soft.testing import LocalHost
 from iokeep.uapi import iommufd as uapi
 from iokeep.uapi import vfio
@@ -125,6 +125,24 @@ def test_invalidate():
     assert kernel.last.data_uptr == 0
     with pytest.raises(ValueError, match="several lengths"):
         invalidate(iommufd, 5, 1, [b"x", b"yy"])
+
+
+def test_invalidations_that_stop():
+    """How many were done is told."""
+
+    class Refusing(Kernel):
+        def ioctl(self, fd, request, arg):
+            super().ioctl(fd, request, arg)
+            raise OSError(errno.EOPNOTSUPP, "no")
+
+    kernel = Refusing(IOMMU_HWPT_INVALIDATE={"entry_num": 1})
+    with pytest.raises(InvalidationRefused) as refused:
+        invalidate(Iommufd(kernel, 3), 5, 1, [b"x" * 16, b"y" * 16])
+    assert (refused.value.done, refused.value.errno, refused.value.operation) == (
+        1,
+        errno.EOPNOTSUPP,
+        "IOMMU_HWPT_INVALIDATE",
+    )
 
 
 def test_dirty_tracking():

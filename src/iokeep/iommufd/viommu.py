@@ -161,12 +161,19 @@ class Viommu:
         self.iommufd.destroy(self.id)
 
 
+class InvalidationRefused(IommufdError):
+    """The kernel stopped at an entry. :ivar done: how many before it were done, and stay so."""
+
+    done = 0
+
+
 def invalidate(iommufd: Iommufd, hwpt_id: int, data_type: int, entries: Sequence[bytes]) -> int:
     """Drop what the IOMMU has cached of a guest's tables.
 
     :param hwpt_id: a nested HWPT, or a vIOMMU. :param data_type: IOMMU_HWPT_INVALIDATE_DATA_* or
         IOMMU_VIOMMU_INVALIDATE_DATA_*. :param entries: structures of that type, all of one length.
-    :returns: how many were done; all, unless it raises.
+    :returns: how many were done: all.
+    :raises InvalidationRefused: not all.
     """
     if len({len(entry) for entry in entries}) > 1:
         raise ValueError("entries of several lengths")
@@ -181,5 +188,10 @@ def invalidate(iommufd: Iommufd, hwpt_id: int, data_type: int, entries: Sequence
         entry_num=len(entries),
     )
     about: dict[str, object] = {"hwpt": hwpt_id, "type": data_type, "entries": len(entries)}
-    _call(iommufd, "IOMMU_HWPT_INVALIDATE", uapi.IOMMU_HWPT_INVALIDATE, arg, **about)
+    operation, request = "IOMMU_HWPT_INVALIDATE", uapi.IOMMU_HWPT_INVALIDATE
+    try:
+        checked_ioctl(iommufd.transport, iommufd.fd, operation, request, arg, about, InvalidationRefused)
+    except InvalidationRefused as refused:
+        refused.done = int(arg.entry_num)
+        raise
     return int(arg.entry_num)

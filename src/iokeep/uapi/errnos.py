@@ -89,6 +89,7 @@ _ADOPT: dict[str, _Text] = {
 }
 
 _NO_HWPT: _Text = ("there is no such paging HWPT in this iommufd", "check the id")
+_DATA_FAULT = ("the driver's data is not in this process's memory", "check data_uptr and the length")
 _NO_VIOMMU: _Text = (
     "there is no such vIOMMU or device in this iommufd",
     "make the vIOMMU first; check the ids",
@@ -145,8 +146,9 @@ MEANINGS: Mapping[str, Mapping[str, _Text]] = MappingProxyType(
         "IOMMU_DESTROY": {
             "ENOENT": ("there is no such object in this iommufd", "check the id"),
             "EBUSY": (
-                "the object is in use: an HWPT by a device, an IOAS by an HWPT, or it is preserved",
-                "detach the devices and destroy the HWPTs first, or close the session",
+                "the object is in use: an HWPT by a device, an IOAS by an HWPT, a nesting parent or vIOMMU "
+                "by what is made on it, a queue by its descriptor, or it is preserved",
+                "detach the devices, close queues, destroy what was made later first, or close the session",
             ),
         },
         "IOMMU_IOAS_ALLOC": {"EOPNOTSUPP": ("flags must be 0", "")},
@@ -186,8 +188,9 @@ MEANINGS: Mapping[str, Mapping[str, _Text]] = MappingProxyType(
                 "unmap whole areas, [start, last] as they were mapped",
             ),
             "EBUSY": (
-                "the IOAS is immutable (its iommufd is preserved), or another thread is at work on the area",
-                "close the session first, or try again",
+                "the IOAS is immutable (its iommufd is preserved), a hardware queue of a vIOMMU is in an "
+                "area, or another thread is at work on it",
+                "close the session or destroy the queue first, or try again",
             ),
             "EDEADLOCK": ("an access has not let go of its pages", "detach what uses the area"),
             "EDEADLK": ("an access has not let go of its pages", "detach what uses the area"),
@@ -210,7 +213,11 @@ MEANINGS: Mapping[str, Mapping[str, _Text]] = MappingProxyType(
                 "the IOMMU offers no such HWPT (dirty tracking, nesting parent, PASID)",
                 "leave the flag out",
             ),
-            "ENOENT": ("there is no such device or IOAS in this iommufd", "bind the device first"),
+            "ENOENT": (
+                "there is no such device or fault queue in this iommufd",
+                "bind the device first; check the ids",
+            ),
+            "EFAULT": _DATA_FAULT,
             "EBUSY": ("the iommufd is preserved in a live-update session", "close the session first"),
             "EADDRINUSE": ("an area lies in a reserved range of the device", "compare with iova_ranges()"),
         },
@@ -237,7 +244,13 @@ MEANINGS: Mapping[str, Mapping[str, _Text]] = MappingProxyType(
                 "length of 0 or above a page, more than 524288, a type that the driver does not know",
                 "entry_num comes back as the number that was done",
             ),
-            "EOPNOTSUPP": ("the driver caches nothing for guests, or a reserved field is not 0", ""),
+            "EOPNOTSUPP": (
+                "the driver caches nothing for guests, an entry has a flag that it does not know, or a "
+                "reserved field is not 0",
+                "entry_num comes back as the number that was done",
+            ),
+            "EFAULT": _DATA_FAULT,
+            "E2BIG": ("an entry has bytes that the driver does not know and that are not 0", "shorten it"),
         },
         "IOMMU_GET_HW_INFO": {
             "ENOENT": ("there is no such device in this iommufd", "bind the device first"),
@@ -251,7 +264,11 @@ MEANINGS: Mapping[str, Mapping[str, _Text]] = MappingProxyType(
         "IOMMU_VIOMMU_ALLOC": {
             "ENOENT": ("there is no such device or HWPT in this iommufd", "bind the device first"),
             "EOPNOTSUPP": _NO_VIRTUAL,
-            "EINVAL": ("the HWPT is no nesting parent", "make it with IOMMU_HWPT_ALLOC_NEST_PARENT"),
+            "EINVAL": (
+                "the HWPT is no nesting parent, or the data is not of the type's size",
+                "make it with IOMMU_HWPT_ALLOC_NEST_PARENT; check data_len",
+            ),
+            "EFAULT": _DATA_FAULT,
         },
         "IOMMU_VDEVICE_ALLOC": {
             "ENOENT": _NO_VIOMMU,
@@ -265,8 +282,24 @@ MEANINGS: Mapping[str, Mapping[str, _Text]] = MappingProxyType(
             "EOPNOTSUPP": _NO_VIRTUAL,
         },
         "IOMMU_HW_QUEUE_ALLOC": {
-            "ENOENT": _NO_VIOMMU,
-            "EINVAL": ("the length is 0, or the queue's memory is not contiguous in the parent", "check it"),
+            "ENOENT": (
+                "there is no such vIOMMU in this iommufd, or the queue's memory is not mapped in its parent",
+                "check the id; map the queue first",
+            ),
+            "EINVAL": ("the length is 0, or the driver has no queue of that index", "check both"),
+            "EEXIST": ("the vIOMMU has a queue of that index", "destroy that first"),
+            "EIO": (
+                "the driver takes queues in the order of their indices only",
+                "make the one before first",
+            ),
+            "EFAULT": (
+                "the queue is not in consecutive frames, or its memory cannot be pinned",
+                "use huge pages, aligned to the queue's length",
+            ),
+            "EPERM": ("the queue's memory is not mapped to be read", "map it READ"),
+            "EADDRINUSE": ("the IOAS has areas that are no whole pages", "unmap them"),
+            "ERANGE": ("the length passes the end of the 64-bit space", "check the length"),
+            "ENOMEM": ("the queue is too long", "check the length"),
             "EOVERFLOW": ("iova and length pass the end of the 64-bit space", "check the length"),
             "EOPNOTSUPP": _NO_VIRTUAL,
         },
@@ -292,7 +325,10 @@ MEANINGS: Mapping[str, Mapping[str, _Text]] = MappingProxyType(
                 "the VF token is missing or wrong",
                 "use the token that the driver of the PF was given",
             ),
-            "ENODEV": ("the device is gone", ""),
+            "ENODEV": (
+                "the device is gone, or the HWPT has a fault queue and the device no PRI",
+                "use an HWPT without a fault queue",
+            ),
             "EINVAL": (
                 "the device file is bound already, or the descriptor is negative",
                 "open a new device file to bind again",
@@ -321,7 +357,11 @@ MEANINGS: Mapping[str, Mapping[str, _Text]] = MappingProxyType(
                 "bind first; use an HWPT made for this device, for PASIDs with IOMMU_HWPT_ALLOC_PASID",
             ),
             "ENOSPC": ("the PASID has more than 31 bits", "choose another; hw_info() says their width"),
-            "ENOENT": ("there is no such IOAS or HWPT in this iommufd", "check pt_id"),
+            "ENOENT": (
+                "there is no such IOAS or HWPT in this iommufd, or the HWPT was made by a vIOMMU that does "
+                "not know the device",
+                "check pt_id; make a vdevice first",
+            ),
             "EBUSY": (
                 "the device is attached in another way, or preserved in a live-update session",
                 "detach, or close the session first",
