@@ -116,8 +116,10 @@ def write_pages(
     step, valid, pa_mask, shift, pa_shift = masks[0], masks[2], masks[3], masks[4], masks[5]
     size = np.uint64(items.shape[1])
     page = (_ONE << shift) - _ONE
+    after = len(row) - 1
     for t in range(len(row)):
         table = items[row[t]]
+        ahead(items[row[min(t + 1, after)]])
         start, grant, index = base[t], prot[t], first[t]
         if joins[t] == 0 and pieces[t] == items.shape[1]:
             # An extent an item: columns one after the other, without a branch.

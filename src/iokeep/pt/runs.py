@@ -480,7 +480,9 @@ def extents_of(
     out.prot[first[starts]] = prot[starts]
     ends = simple[~goes_on[1:][simple]]
     out.last[first[ends]] = base[ends] + np.uint64((spec.items << spec.shift) - 1)
-    place, rows = in_memory_order(tables.row, at[counts[at]])
+    # In the order of IOVAs: three times as much is written as is read, most of it to fresh memory.
+    place = at[counts[at]]
+    rows = tables.row[place]
     joins = (goes_on[:n].view(np.uint8) | (goes_on[1:].view(np.uint8) << np.uint8(1)))[place]
     bases, grants, firsts, number = base[place], prot[place], first[place], pieces[place]
 
