@@ -82,8 +82,7 @@ class Scene:
     def pins(self, number, page, pages=1):
         """Pins of pages of a file: the same of all, else None."""
         hva = self.maps[number].hva + page * PAGE
-        found = [n for n in range(9) if self.env.pins(self.fd, hva, pages * PAGE, n)]
-        return found[0] if found else None
+        return next((n for n in range(9) if self.env.pins(self.fd, hva, pages * PAGE, n)), None)
 
     def content(self, name, offset=0, length=AREA):
         _, what, page, _ = AREAS[name]

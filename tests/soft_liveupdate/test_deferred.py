@@ -212,6 +212,28 @@ def test_an_access_reads_what_is_proved(after):
     leave(after)
 
 
+def test_a_limit_of_locked_memory(after):
+    """RLIMIT_MEMLOCK: a table that is proved at once is not adopted above it; what is proved later counts,
+    and is not refused: devices work on it already.
+    """
+    process = after.host.kernel.processes[after.transport.getpid()]
+    process.ipc_lock, process.memlock_bytes = False, 4 * MIB
+    before = pins(after.host)
+    after.replay()
+    with fails(errno.ENOMEM):
+        after.iommufd.adopt(after.ioas.id, HWPT_TOKEN)
+    assert (pins(after.host), process.pinned_pages, after.host.kernel.locked_pages) == (before, 0, 0)
+    after.hwpt = after.iommufd.adopt(after.ioas.id, HWPT_TOKEN, deferred=True).hwpt_id
+    after.device.attach(after.hwpt)
+    assert (pins(after.host), process.pinned_pages) == (before, 0)
+    assert progress(after, sweep=True) == ("validated", TOTAL, 0, 0)
+    assert (pins(after.host), process.pinned_pages) == (before + TOTAL // 4096, TOTAL // 4096)
+    assert after.host.kernel.locked_pages == TOTAL // 4096
+    after.session.finish()
+    leave(after)
+    assert (process.pinned_pages, after.host.kernel.locked_pages) == (0, 0)
+
+
 def test_a_second_domain_of_a_sound_table(after):
     adopt(after)
     second = after.iommufd.hwpt_alloc(after.dev_id, after.ioas.id)

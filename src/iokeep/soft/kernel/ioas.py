@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from iokeep.mem.ranges import Range, merge, subtract
 from iokeep.pt.extents import PROT_W
 from iokeep.soft.kernel.frames import FRAME_BYTES, FRAME_SHIFT, Claim
+from iokeep.soft.kernel.memlock import account_of
 from iokeep.soft.kernel.objects import IommufdObject
 from iokeep.soft.kernel.pages import ULONG_MAX, Area, Pages
 from iokeep.soft.kernel.syserror import SysError
@@ -139,6 +140,7 @@ class Ioas(IommufdObject):
             length,
             writable=bool(prot & PROT_W),
             process=process,
+            account=account_of(process, by_process=self.iommufd.account_mm),
             uptr=hva - start_byte,
         )
         return self.map_pieces([Piece(pages, start_byte, length)], length, iova, prot)
@@ -505,6 +507,7 @@ class Ioas(IommufdObject):
             area.storage = None
             for r in area.pages.unpinned(area.first_page, area.last_page):
                 area.pages.kernel.frames.unpin(area.pages.lookup(r.start, r.last))
+            area.pages.charge()
 
     def remove_domain(self, domain: Domain) -> None:
         """Take the areas out of ``domain`` (iopt_table_remove_domain); pages of the last one are unpinned.

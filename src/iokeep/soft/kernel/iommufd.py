@@ -28,6 +28,7 @@ from iokeep.soft.kernel.hwpt import (
     iommufd_hwpt_set_dirty_tracking,
 )
 from iokeep.soft.kernel.ioas import Ioas, Piece, unmap_last
+from iokeep.soft.kernel.memlock import account_of, hand_over
 from iokeep.soft.kernel.mmaps import Mmaps
 from iokeep.soft.kernel.objects import IommufdObject
 from iokeep.soft.kernel.pages import ULONG_MAX, Pages
@@ -333,6 +334,8 @@ def iommufd_ioas_map_file(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_ioas_map_f
         start_byte,
         cmd.length,
         writable=bool(prot & PROT_W),
+        process=call.process,
+        account=account_of(call.process, by_process=ictx.account_mm),
         file=file,
         offset=cmd.start - start_byte,
     )
@@ -377,17 +380,13 @@ def iommufd_ioas_unmap(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_ioas_unmap) -
 def iommufd_ioas_change_process(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_ioas_change_process) -> None:
     """IOMMU_IOAS_CHANGE_PROCESS: only where every mapping is of a file: no page belongs to a process."""
     _reserved(cmd)
-    for item in ictx.objects.values():
-        if isinstance(item, Ioas):
-            for area in item.areas:
-                if area.pages.file is None:
-                    raise SysError(
-                        errno.EINVAL, f"IOAS {item.id}: {area.iova:#x} maps user memory, not a file"
-                    )
-    for item in ictx.objects.values():
-        if isinstance(item, Ioas):
-            for area in item.areas:
-                area.pages.process = call.process
+    areas = [area for item in ictx.objects.values() if isinstance(item, Ioas) for area in item.areas]
+    for area in areas:
+        if area.pages.file is None:
+            raise SysError(
+                errno.EINVAL, f"IOAS {area.ioas.id}: {area.iova:#x} maps user memory, not a file: unmap it"
+            )
+    hand_over((area.pages for area in areas), call.process)
 
 
 def iommufd_option(ictx: Iommufd, call: Ioctl, cmd: uapi.iommu_option) -> None:

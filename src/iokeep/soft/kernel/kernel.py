@@ -12,6 +12,7 @@ from iokeep.errors import UsageError
 from iokeep.soft.kernel.files import DebugFile, File, Ioctl, SysrqFile
 from iokeep.soft.kernel.frames import Audit, Claim, FrameAllocator
 from iokeep.soft.kernel.klog import Klog
+from iokeep.soft.kernel.memlock import status
 from iokeep.soft.kernel.params import Params
 from iokeep.soft.kernel.placement import Placement
 from iokeep.soft.kernel.process import NoUserMemory, Process, UserMemory
@@ -66,6 +67,8 @@ class Kernel:
         #: live processes by pid
         self.processes: dict[int, Process] = {}
         self._next_pid = 1000
+        #: pages that are charged to the user, who is the same for all processes (user_struct.locked_vm)
+        self.locked_pages = 0
         #: called while another party (a device in the same process) must make progress: in-process tests set
         #: it
         self.pump: Callable[[], None] | None = None
@@ -190,12 +193,16 @@ class Kernel:
             self._next_pid += 1
         process = Process(self, pid, user or NoUserMemory(), privileged=privileged)
         self.processes[pid] = process
+        self.device_nodes[f"/proc/{pid}/status"] = lambda _: DebugFile(
+            self, "status", lambda: status(process)
+        )
         return process
 
     def exit_process(self, pid: int) -> None:
         """The process is gone: everything that it had open is closed."""
         process = self.processes.pop(pid, None)
         if process is not None:
+            del self.device_nodes[f"/proc/{pid}/status"]
             process.exit()
 
     # ---- files

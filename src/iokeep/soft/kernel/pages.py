@@ -19,6 +19,7 @@ from iokeep.mem.ranges import Range, RangeSet, merge, subtract
 from iokeep.pt.extents import Extents
 from iokeep.soft.kernel.files import File, PageFile
 from iokeep.soft.kernel.frames import FRAME_BYTES, FRAME_SHIFT, I64, U64, Claim, FrameRuns, pas_of, pfns_of
+from iokeep.soft.kernel.memlock import Account, update
 from iokeep.soft.kernel.process import Process
 from iokeep.soft.kernel.syserror import SysError
 
@@ -46,8 +47,9 @@ class Pages:
 
     :param kernel: whose frames. :param start_byte: offset of the first byte in the first page.
     :param length: bytes. :param writable: pinned for writing, so that an area may be writable.
+    :param process: who mapped them. :param account: who is charged while they are pinned.
     :param file: origin of a file mapping, with ``offset``, the byte in it where the first page begins; a
-        reference is taken. :param process: origin of a user mapping, with ``uptr``, its page-aligned hva.
+        reference is taken. Else it is the process's memory, with ``uptr``, its page-aligned hva.
     :raises SysError: EINVAL for length 0 or above 2**64 - 1 - page size.
     """
 
@@ -58,9 +60,10 @@ class Pages:
         length: int,
         *,
         writable: bool,
+        process: Process,
+        account: Account,
         file: File | None = None,
         offset: int = 0,
-        process: Process | None = None,
         uptr: int = 0,
     ) -> None:
         if not 0 < length <= ULONG_MAX - FRAME_BYTES:  # iopt_alloc_pages
@@ -71,6 +74,9 @@ class Pages:
         self.file = file.get() if file is not None else None
         self.offset = offset
         self.process = process
+        self.account = account
+        #: pages that it is charged for (last_npinned)
+        self.charged = 0
         self.uptr = uptr
         self._references = 1
         #: areas that have a storage domain (domains_itree): their part of the pages is pinned
@@ -105,7 +111,7 @@ class Pages:
     def _living(self) -> Process | None:
         """The process whose memory this is, while it lives (mmget_not_zero)."""
         process = self.process
-        return process if process and self.kernel.processes.get(process.pid) is process else None
+        return process if self.kernel.processes.get(process.pid) is process else None
 
     def lookup(self, first: int, last: int) -> I64:
         """As :meth:`runs`, frame by frame."""
@@ -178,6 +184,17 @@ class Pages:
             out[r.start - first : r.last - first + 1] = pfns
         return out, np.concatenate(taken) if taken else np.zeros(0, np.int64)
 
+    def charge(self, *, force: bool = False) -> None:
+        """Account for what is pinned now (pfn_reader_user_update_pinned, update_unpinned).
+
+        :param force: also above the limit. :raises SysError: ENOMEM: above RLIMIT_MEMLOCK: unpin them again.
+        """
+        pinned = [r for a in self.stored.values() for r in a.pinned()] + self._held_ranges()
+        now = sum(r.last - r.start + 1 for r in merge(pinned))
+        if now != self.charged:
+            update(self.process, self.account, now - self.charged, force=force)
+            self.charged = now
+
     # ---- accesses
 
     def _held_ranges(self) -> list[Range]:
@@ -186,12 +203,17 @@ class Pages:
     def hold(self, first: int, last: int) -> I64:
         """An access pins pages ``first`` ... ``last`` (iopt_area_add_access); their PFNs.
 
-        :raises SysError: as :meth:`acquire`.
+        :raises SysError: as :meth:`acquire`; ENOMEM: above RLIMIT_MEMLOCK.
         """
         held = self.held.get((first, last))
         if held is None:
             held = self.held[first, last] = Held(self.acquire(first, last)[0])
         held.users += 1
+        try:
+            self.charge()
+        except SysError:
+            self.let_go(first, last)
+            raise
         return held.pfns
 
     def let_go(self, first: int, last: int) -> bool:
@@ -206,6 +228,7 @@ class Pages:
             del self.held[first, last]
             for r in self.unpinned(first, last):
                 self.kernel.frames.unpin(held.pfns[r.start - first : r.last - first + 1])
+            self.charge()
         return True
 
     def read(self, caller: Process, start_byte: int, length: int, *, slow: bool = False) -> bytes:
@@ -373,6 +396,11 @@ class Area:
             self.pages.kernel.frames.unpin(pinned)
             raise
         self.store(domains[0])
+        try:
+            self.pages.charge()
+        except SysError:
+            self.unfill(domains)
+            raise
 
     def fill_more(self, domain: Domain) -> None:
         """Map the area in one more domain (iopt_area_fill_domain); pins if no domain stores the PFNs yet.
@@ -385,14 +413,31 @@ class Area:
         except SysError:
             self.pages.kernel.frames.unpin(pinned)
             raise
-        if self.storage is None:
-            self.store(domain)
+        if self.storage is not None:
+            return
+        self.store(domain)
+        try:
+            self.pages.charge()
+        except SysError:
+            self.unfill_last(domain)
+            raise
 
     def fill_adopted(self, domain: Domain) -> None:
-        """Pin the pages for a domain whose table maps them already: the domain becomes their storage."""
-        self.pages.acquire(self.first_page, self.last_page)
-        if self.storage is None:
-            self.store(domain)
+        """Pin the pages for a domain whose table maps them already: the domain becomes their storage.
+
+        :raises SysError: nothing is pinned then.
+        """
+        _, pinned = self.pages.acquire(self.first_page, self.last_page)
+        if self.storage is not None:
+            return
+        self.store(domain)
+        try:
+            self.pages.charge()
+        except SysError:
+            del self.pages.stored[id(self)]
+            self.storage = None
+            self.pages.kernel.frames.unpin(pinned)
+            raise
 
     def fill_deferred(self, domain: Domain) -> None:
         """``domain`` maps the pages already, as it will be proved: it becomes their storage, and no page is
@@ -408,6 +453,7 @@ class Area:
             for r in self.pages.unpinned(*part):
                 self.pages.kernel.frames.pin_runs(self.pages.runs(r.start, r.last))
             self.lazy.discard(*part)
+        self.pages.charge(force=True)
 
     def pinned(self) -> list[Range]:
         """Numbers of the pages that are pinned for this area, or were when it was stored."""
@@ -441,6 +487,7 @@ class Area:
         storage.unmap(self.iova, self.last)
         for part in pfns:
             self.pages.kernel.frames.unpin(part)
+        self.pages.charge()
 
     def release(self) -> None:
         """Let the storage domain go without a change of its table: unpin what no other area has pinned.
@@ -454,6 +501,7 @@ class Area:
         self.storage, self.lazy = None, RangeSet()
         for part in pfns:
             self.pages.kernel.frames.unpin(part)
+        self.pages.charge()
 
     def move(self, storage: Domain) -> None:
         """Another domain that maps the area already stores its PFNs from now on."""

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 #: descriptors a process may have (RLIMIT_NOFILE)
 MAX_FDS = 65536
+#: memory that a process may lock unless told otherwise (MLOCK_LIMIT of include/uapi/linux/resource.h)
+MEMLOCK_BYTES = 8 << 20
 
 
 class UserMemory(Protocol):
@@ -80,6 +82,8 @@ class Process:
     """One client of the kernel.
 
     :param user: how its memory is reached. :param privileged: it has every capability.
+    :ivar ipc_lock: it has CAP_IPC_LOCK. :ivar memlock_bytes: its RLIMIT_MEMLOCK, for one that has not.
+    :ivar locked_pages: what is charged to it (VmLck). :ivar pinned_pages: what it has pinned (VmPin).
     """
 
     def __init__(self, kernel: Kernel, pid: int, user: UserMemory, *, privileged: bool = True) -> None:
@@ -87,6 +91,10 @@ class Process:
         self.pid = pid
         self.user = user
         self.privileged = privileged
+        self.ipc_lock = privileged
+        self.memlock_bytes = MEMLOCK_BYTES
+        self.locked_pages = 0
+        self.pinned_pages = 0
         self.fds: dict[int, File] = {}
         self.vmas: dict[int, Vma] = {}
         self._next_vma = 1
