@@ -86,6 +86,11 @@ def in_turn(*commands: str) -> list[str]:
     return ["sh", "-c", " && ".join(commands)]
 
 
+def first_kernel(command: str) -> str:
+    """A command that is left out behind a kexec (whose command line says ``iokeep.stage=``)."""
+    return f"(grep -q iokeep.stage= /proc/cmdline || {command})"
+
+
 def counts(directory: Path) -> dict[str, int]:
     """Of a run of pytest: tests, failures, errors, skipped."""
     suite = ET.parse(directory / "junit.xml").getroot().find("testsuite")

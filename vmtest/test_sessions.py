@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from vmtest import vm
-from vmtest.guest_programs import Boot, counts, in_turn, module, notes, pytest_of
+from vmtest.guest_programs import Boot, counts, first_kernel, in_turn, module, notes, pytest_of
 
 #: the cases, which the software host has too (tests/conformance/test_kexec.py)
 KEXEC = "tests/conformance/conf_kexec.py"
@@ -24,7 +24,7 @@ def run(mode: str) -> tuple[dict[str, int], list[list[Any]], str]:
     """guest/test_preflight.py, then sessions over a kexec, then the documentation's over another."""
     tests = pytest_of("--confcutdir=vmtest/guest", "vmtest/guest/test_preflight.py")
     program = in_turn(
-        f"(grep -q iokeep.stage= /proc/cmdline || {tests})",
+        first_kernel(tests),
         f'(grep -q iokeep.stage=3 /proc/cmdline || {sys.executable} {KEXEC} "$IOKEEP_VM_KERNEL/bzImage")',
         module("documented"),
     )

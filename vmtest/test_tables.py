@@ -11,25 +11,10 @@ import pytest
 
 from iokeep.pt.extents import PROT_R, PROT_W, Extents
 from vmtest import vm
-from vmtest.guest_programs import GUEST_TESTS, Boot, counts, in_turn, module, pytest_of
-from vmtest.witnesses import Seen, look, rows, same, traced, without_prot
+from vmtest.visits import visit
+from vmtest.witnesses import Seen, rows, same, traced, without_prot
 
 LAYOUTS = ("scattered", "huge", "edges", "process-memory", "contiguous", "emptied")
-
-
-@Boot
-def visit(mode: str) -> tuple[dict[str, Seen], dict[str, int]]:
-    """Boot once for each IOMMU: every layout in it, and guest/test_client.py."""
-    out = {}
-    program = in_turn(module("tables"), pytest_of("--confcutdir=vmtest/guest", GUEST_TESTS))
-    with vm.boot(vm.machines()[mode], program, name=mode, seconds=400) as guest:
-        ram = guest.memory()
-        for told in guest.documents():
-            out[told["layout"]] = look(told, ram)
-            guest.send(go="on")
-        guest.check_status()
-    assert not guest.kernel_complaints(), f"see {guest.directory}"
-    return out, counts(guest.directory)
 
 
 CASES = [visit.case(mode, f"{mode}/{layout}") for mode in vm.machines() for layout in LAYOUTS]
@@ -39,7 +24,7 @@ CASES = [visit.case(mode, f"{mode}/{layout}") for mode in vm.machines() for layo
 def one(request: pytest.FixtureRequest) -> Seen:
     """One layout behind one IOMMU."""
     mode, layout = request.param.split("/")
-    return visit(mode)[0][layout]
+    return visit(mode).layouts[layout]
 
 
 def test_the_table_is_what_was_asked_for(one: Seen) -> None:
@@ -77,18 +62,18 @@ MODES = [visit.case(mode) for mode in vm.machines()]
 @pytest.mark.parametrize("mode", MODES)
 def test_write_only_is_there_where_the_format_has_it(mode: str) -> None:
     """First stage cannot say it: the kernel makes it rw."""
-    one = visit(mode)[0]["scattered"]
+    one = visit(mode).layouts["scattered"]
     assert (PROT_W in one.table.prot) == (one.format != "x86_64")
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_format_is_that_of_the_iommu(mode: str) -> None:
-    assert {one.format for one in visit(mode)[0].values()} == {vm.machines()[mode].mode.format}
+    assert {one.format for one in visit(mode).layouts.values()} == {vm.machines()[mode].mode.format}
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_clients_work(mode: str) -> None:
     """guest/test_client.py, in the guest."""
-    ran = visit(mode)[1]
+    ran = visit(mode).clients
     assert ran["tests"] >= 13
     assert ran["failures"] == ran["errors"] == ran["skipped"] == 0

@@ -13,12 +13,12 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from iokeep.cli.main import main
 from iokeep.inspect.preflight import REFUSED, Problem, ProcFs, Wanted, is_incoming, preflight
 from iokeep.iommufd.client import Iommufd
 from iokeep.luo.client import LiveUpdate, LuoError, Session
@@ -181,17 +181,16 @@ def test_sessions_of_others_are_seen(device: LiveUpdate) -> None:
     assert "other's \x1b[2J" not in ProcFs().session_names()
 
 
-def test_the_command_looks_at_another_process() -> None:
+def test_the_command_looks_at_another_process(capsys: pytest.CaptureFixture[str]) -> None:
     """``iokeep host preflight --pid`` at a process with a good memfd, and with an iommufd beside it."""
     ram = memfd(seals=SEALED)
     with Iommufd(KERNEL) as iommufd:
         for fds, code in (([ram], 0), ([ram, iommufd.fd], 1)):
             child = subprocess.Popen(["sleep", "60"], pass_fds=fds)
-            command = [sys.executable, "-m", "iokeep", "host", "preflight", "--json", "--pid", str(child.pid)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = main(["host", "preflight", "--json", "--pid", str(child.pid)])
             child.kill()
             child.wait()
-            assert done.returncode == code, done.stderr
-            kinds = [file["kind"] for file in json.loads(done.stdout)["files"]]
+            assert done == code
+            kinds = [file["kind"] for file in json.loads(capsys.readouterr().out)["files"]]
             assert kinds == ["memfd", "iommufd"][: len(fds)]
     os.close(ram)
