@@ -31,6 +31,9 @@ from iokeep.pt.verify import verify
 if TYPE_CHECKING:
     from iokeep.pt.runs import Runs
 
+#: tables of both sides from so many bytes on are worth the start of compiled code: NumPy compares runs and
+#: pages well, and what is neither is the general code's in any case
+COMPILED_COLD = 512 << 20
 #: state of a table that is no run (``runs.OTHER``)
 OTHER = 0
 #: so many tables are always worth the general code's look
@@ -67,7 +70,7 @@ def diff(
     raise_unreadable(fmt_a, a.upper.problems)
     b = _Side.of(fmt_b, mem_b, root_b, compiled)
     size = len(a.upper.row) * fmt_a.table_bytes + len(b.upper.row) * fmt_b.table_bytes
-    equal = _equal(a, b, limit, threads, compiled=by_kernels(size, compiled))
+    equal = _equal(a, b, limit, threads, compiled=by_kernels(size, compiled, COMPILED_COLD))
     if equal is not None:
         return equal
     expected, problems = extents(fmt_a, mem_a, root_a, compiled=compiled, threads=threads)

@@ -54,7 +54,7 @@ _BATCH = 1 << 14
 _BLOCK_LIMIT = 1 << 24
 #: tables from so many bytes on are summed by compiled code, where it is loaded and where it is not
 COMPILED_WARM = 4 << 20
-COMPILED_COLD = 128 << 20
+COMPILED_COLD = 256 << 20
 
 
 def _u(value: int) -> np.uint64:

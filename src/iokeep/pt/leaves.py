@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 #: tables from so many bytes on are read by compiled code, where it is loaded and where it is not
 COMPILED_WARM = 1 << 20
 COMPILED_COLD = 32 << 20
+#: the same, where most tables are one run each: NumPy reads those well
+COMPILED_COLD_RUNS = 512 << 20
 #: so many tables are worth a look by NumPy whether each is one run
 PLAIN_TABLES = 8
 
@@ -150,9 +152,12 @@ def leaves(fmt: Format, mem: Memory, root_pa: int, start: int = 0, last: int | N
     return Leaves.of(fmt, leaf_items(TableMemory(fmt, mem), root_pa, start, last)[0])
 
 
-def by_kernels(tables: int, asked: bool | None) -> bool:
-    """Whether so many bytes of tables are read by compiled code: as asked, or (None) where that is faster."""
-    return worth_compiled(asked, "run_kernels", tables, COMPILED_WARM, COMPILED_COLD)
+def by_kernels(tables: int, asked: bool | None, cold: int = COMPILED_COLD) -> bool:
+    """Whether so many bytes of tables are read by compiled code: as asked, or (None) where that is faster.
+
+    :param cold: bytes that are worth its start.
+    """
+    return worth_compiled(asked, "run_kernels", tables, COMPILED_WARM, cold)
 
 
 def kernels_down(asked: bool | None) -> Alike | None:
@@ -217,12 +222,14 @@ def extents(
     if len(upper.leaves):
         parts.append(Leaves.of(fmt, upper.leaves).extents())
     tables = upper.base, upper.pa, upper.row, upper.prot
-    kernels = by_kernels(len(upper.base) * fmt.table_bytes, compiled)
-    if len(upper.base) >= (1 if kernels else PLAIN_TABLES):
+    if len(upper.base) >= (1 if compiled else PLAIN_TABLES):
         from iokeep.pt import runs
 
         if runs.readable(tm):
-            most, left = runs.extents_of(tm, upper.tables(fmt), threads, compiled=kernels)
+            of = upper.tables(fmt)
+            cold = COMPILED_COLD_RUNS if runs.likely(tm, of) else COMPILED_COLD
+            kernels = by_kernels(len(of) * fmt.table_bytes, compiled, cold)
+            most, left = runs.extents_of(tm, of, threads, compiled=kernels)
             parts.append(most)
             tables = upper.base[left], upper.pa[left], upper.row[left], upper.prot[left]
     for found, bad in expand(tm, *tables):
