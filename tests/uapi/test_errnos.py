@@ -26,10 +26,11 @@ def test_tables_speak_of_real_calls_and_errnos():
     calls |= {"VFIO_DEVICE_RESET"}  # takes no structure
     assert set(errnos.MEANINGS) <= calls
     for operation, table in errnos.MEANINGS.items():
-        for short, (text, _) in table.items():
+        for short, (text, hint) in table.items():
             assert hasattr(errno, short), (operation, short)
-            assert text
-            assert not text.endswith("."), text
+            for each in (text, hint):
+                assert each, (operation, short)
+                assert not each.endswith("."), each
 
 
 def test_every_upstream_errno_of_map_and_unmap_has_a_meaning():

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 
 from iokeep.cli.main import main
-from iokeep.errors import CapabilityError
+from iokeep.errors import CapabilityError, KernelRefused
 from iokeep.inspect.doctor import examine
 from iokeep.iommufd.client import READ, Ioas, Iommufd, IommufdError, VfioDevice
 from iokeep.iommufd.pci import bound_to_vfio, cdev_of, pci_function, reserved_regions, set_driver
 from iokeep.iommufd.viommu import FaultQueue, Viommu, invalidate
 from iokeep.luo.client import LiveUpdate, LuoError
 from iokeep.uapi import iommufd as uapi
+from iokeep.uapi import kexec
 from iokeep.uapi.kernel import KernelTransport
 from iokeep.uapi.probe import probe
 from vmtest.guest.edu import ADDRESSES, Edu
@@ -287,6 +288,18 @@ def test_doctor_finds_nothing_missing(capsys: pytest.CaptureFixture[str]) -> Non
     assert (states["IOMMU"], states["KHO"], states["translations"]) == ("ok", "ok", "absent")
     assert main(["host", "doctor"]) == 0
     assert "can      carry memfds over a kexec" in capsys.readouterr().out
+
+
+def test_loading_the_next_kernel() -> None:
+    loaded = Path("/sys/kernel/kexec_loaded")
+    with pytest.raises(KernelRefused, match="ENOEXEC"):
+        kexec.load(Path("/etc/passwd"), "quiet")
+    kexec.load(Path(os.environ["IOKEEP_VM_KERNEL"]) / "bzImage", "quiet")
+    assert loaded.read_text() == "1\n"
+    kexec.unload()
+    assert loaded.read_text() == "0\n"
+    with pytest.raises(KernelRefused, match="no kernel is loaded"):
+        kexec.jump(KERNEL)
 
 
 def test_sessions() -> None:

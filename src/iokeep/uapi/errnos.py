@@ -102,6 +102,7 @@ _NO_DIRTY: _Text = (
     "the HWPT was made without dirty tracking, or a flag is unknown",
     "make it with IOMMU_HWPT_ALLOC_DIRTY_TRACKING, where hw_info() shows the capability",
 )
+_NO_FLAGS: _Text = ("flags must be 0", "leave them 0")
 _RESERVED: _Text = ("a reserved field is not 0", "leave it 0")
 _RANGES_FAULT: _Text = ("the array of ranges is not in this process's memory", "check its address")
 
@@ -151,7 +152,7 @@ MEANINGS: Mapping[str, Mapping[str, _Text]] = MappingProxyType(
                 "detach the devices, close queues, destroy what was made later first, or close the session",
             ),
         },
-        "IOMMU_IOAS_ALLOC": {"EOPNOTSUPP": ("flags must be 0", "")},
+        "IOMMU_IOAS_ALLOC": {"EOPNOTSUPP": _NO_FLAGS},
         "IOMMU_IOAS_ALLOW_IOVAS": {
             "EOPNOTSUPP": _RESERVED,
             "EFAULT": _RANGES_FAULT,
@@ -200,8 +201,14 @@ MEANINGS: Mapping[str, Mapping[str, _Text]] = MappingProxyType(
         "IOMMU_OPTION": {
             "EPERM": ("RLIMIT_MODE needs CAP_SYS_RESOURCE", "set it in the process that opens the iommufd"),
             "EBUSY": ("RLIMIT_MODE can change only before the first object", "set it right after open"),
-            "EOPNOTSUPP": ("unknown option, or object_id or a reserved field is not zero", ""),
-            "EINVAL": ("the value is neither 0 nor 1, or areas of the IOAS forbid it", ""),
+            "EOPNOTSUPP": (
+                "unknown option, or object_id or a reserved field is not zero",
+                "RLIMIT_MODE takes object_id 0, HUGE_PAGES an IOAS",
+            ),
+            "EINVAL": (
+                "the value is neither 0 nor 1, or the IOAS has areas and an HWPT",
+                "turn HUGE_PAGES off before anything is mapped or attached",
+            ),
             "ENOENT": ("there is no such IOAS in this iommufd", "check the id"),
         },
         "IOMMU_HWPT_ALLOC": {
@@ -224,7 +231,10 @@ MEANINGS: Mapping[str, Mapping[str, _Text]] = MappingProxyType(
         "IOMMU_VFIO_IOAS": {
             "ENODEV": ("no compat IOAS is set", "set one, or attach a VFIO container first"),
             "ENOENT": ("there is no such IOAS in this iommufd", "check the id"),
-            "EOPNOTSUPP": ("op is not GET, SET or CLEAR, or a reserved field is not 0", ""),
+            "EOPNOTSUPP": (
+                "op is not GET, SET or CLEAR, or a reserved field is not 0",
+                "use one of IOMMU_VFIO_IOAS_GET, _SET and _CLEAR",
+            ),
         },
         "IOMMU_HWPT_SET_DIRTY_TRACKING": {"ENOENT": _NO_HWPT, "EOPNOTSUPP": _NO_DIRTY},
         "IOMMU_HWPT_GET_DIRTY_BITMAP": {
@@ -260,7 +270,7 @@ MEANINGS: Mapping[str, Mapping[str, _Text]] = MappingProxyType(
             ),
             "EFAULT": ("the buffer is not in this process's memory", "check data_uptr and data_len"),
         },
-        "IOMMU_FAULT_QUEUE_ALLOC": {"EOPNOTSUPP": ("flags must be 0", "")},
+        "IOMMU_FAULT_QUEUE_ALLOC": {"EOPNOTSUPP": _NO_FLAGS},
         "IOMMU_VIOMMU_ALLOC": {
             "ENOENT": ("there is no such device or HWPT in this iommufd", "bind the device first"),
             "EOPNOTSUPP": _NO_VIRTUAL,
@@ -306,8 +316,8 @@ MEANINGS: Mapping[str, Mapping[str, _Text]] = MappingProxyType(
         "IOMMU_IOAS_NOIOMMU_GET_PA": {
             "EPERM": ("CAP_SYS_RAWIO is missing", "run as root"),
             "ENOENT": ("there is no such IOAS, or nothing is mapped at the iova", "check both"),
-            "EINVAL": ("the length is 0", ""),
-            "EOVERFLOW": ("the iova is the last of the 64-bit space", ""),
+            "EINVAL": ("the length is 0", "ask for a byte at least"),
+            "EOVERFLOW": ("the iova is the last of the 64-bit space", "nothing can be mapped there"),
             "EOPNOTSUPP": (
                 "the IOAS is behind an IOMMU, which keeps its pages to itself, or the kernel has no noiommu "
                 "mode",
@@ -372,7 +382,7 @@ MEANINGS: Mapping[str, Mapping[str, _Text]] = MappingProxyType(
                 "adopt the prior domain, or compare() this HWPT with it, then attach at once",
             ),
             "EADDRINUSE": ("an area lies in a reserved range of the device", "compare with iova_ranges()"),
-            "ENODEV": ("the device is gone", ""),
+            "ENODEV": ("the device is gone", "close the file; open it anew when the device is back"),
         },
         "VFIO_DEVICE_RESET": {
             "EINVAL": (
@@ -385,7 +395,12 @@ MEANINGS: Mapping[str, Mapping[str, _Text]] = MappingProxyType(
             "EBUSY": ("the device is preserved in a live-update session", "close the session first"),
             "EINVAL": ("the device is not bound to an iommufd", "bind it first"),
         },
-        "VFIO_DEVICE_GET_REGION_INFO": {"EINVAL": ("the device is not bound, or has no such region", "")},
+        "VFIO_DEVICE_GET_REGION_INFO": {
+            "EINVAL": (
+                "the device is not bound, or has no such region",
+                "bind first; info() says how many regions it has",
+            )
+        },
         "VFIO_DEVICE_GET_INFO": {"EINVAL": ("the device is not bound to an iommufd", "bind it first")},
         "LIVEUPDATE_IOCTL_CREATE_SESSION": _CREATE_SESSION,
         "LIVEUPDATE_IOCTL_RETRIEVE_SESSION": _RETRIEVE_SESSION,
@@ -418,7 +433,7 @@ MEANINGS: Mapping[str, Mapping[str, _Text]] = MappingProxyType(
             "EOPNOTSUPP": ("the file has a seal or a feature that cannot be preserved", "check the seals"),
             "ENOSPC": ("the session is full", "use another session"),
             "EFBIG": ("the file has more pages than the record can count", "use smaller memfds"),
-            "EPERM": ("this file may not be preserved", ""),
+            "EPERM": ("this file may not be preserved", "leave it out"),
         },
         "LIVEUPDATE_SESSION_RETRIEVE_FD": {
             "ENOENT": (
@@ -443,7 +458,7 @@ MEANINGS: Mapping[str, Mapping[str, _Text]] = MappingProxyType(
             "EMFILE": _NO_DESCRIPTOR,
             "EOPNOTSUPP": (
                 "this kernel cannot bring back a file of that kind; the answer stays the same for this boot",
-                "",
+                "go on without it: finish() drops it",
             ),
         },
         "LIVEUPDATE_SESSION_FINISH": {
@@ -487,13 +502,13 @@ _COMMON: dict[str, _Text] = {
     "E2BIG": _TOO_NEW,
     "EINVAL": ("an argument breaks a rule of this call", "check sizes, alignment and reserved fields"),
     "ENOTTY": ("this kernel does not have this call", "iokeep host doctor says what the kernel offers"),
-    "EFAULT": ("a pointer does not lead to this process's memory", ""),
+    "EFAULT": ("a pointer does not lead to this process's memory", "check the addresses in the structure"),
     "EBADF": ("the file descriptor is not open", "open it again, or keep it open as long as it is used"),
     "EMFILE": _NO_DESCRIPTOR,
     "ENOENT": ("there is no such object", "check the id"),
-    "ENOMEM": ("the kernel is out of memory", ""),
-    "EPERM": ("a permission is missing", ""),
-    "EBUSY": ("the object is in use", ""),
+    "ENOMEM": ("the kernel is out of memory", "free memory, or raise the limit of the cgroup"),
+    "EPERM": ("a permission is missing", "run as root, or with the capability that the call wants"),
+    "EBUSY": ("the object is in use", "end what uses it, and try again"),
     "EINTR": ("a signal came in between", "try again"),
     "EUCLEAN": (
         "an adopted table is not what the IOAS says there: the range is quarantined, nothing was changed",

@@ -31,8 +31,12 @@ _MEANINGS = {
     ),
     errno.ENOSYS: ("this kernel has no CONFIG_KEXEC_FILE", "build the kernel with CONFIG_KEXEC_FILE"),
     errno.EKEYREJECTED: ("the image's signature is not trusted", "use a signed image"),
-    errno.ENOMEM: ("there is no room for the image", ""),
-    errno.EADDRNOTAVAIL: ("there is no room for the image where the next kernel may be", ""),
+    errno.ENOMEM: ("there is no room for the image", "free memory, or give a smaller initrd"),
+    # kernel/liveupdate/kexec_handover.c kho_locate_mem_hole(): with KHO an image lies in its scratch areas
+    errno.EADDRNOTAVAIL: (
+        "there is no room for the image where the next kernel may be",
+        "boot with larger scratch areas (kho_scratch=), or give a smaller initrd",
+    ),
 }
 
 
