@@ -44,6 +44,7 @@ from iokeep.soft.kernel.frames import (
     pas_of,
     pfns_of,
 )
+from iokeep.soft.kernel.nesting import GuestOps
 from iokeep.soft.kernel.syserror import SysError
 from iokeep.uapi.iommufd import IOMMU_HWPT_ALLOC_DIRTY_TRACKING, IOMMU_HWPT_ALLOC_NEST_PARENT
 
@@ -51,9 +52,7 @@ if TYPE_CHECKING:
     from iokeep.soft.kernel.deferred import Adoption
     from iokeep.soft.kernel.iommufd import Iommufd
     from iokeep.soft.kernel.kernel import Kernel
-    from iokeep.soft.kernel.nesting import NestedDomain
     from iokeep.soft.kernel.userdata import UserData
-    from iokeep.soft.kernel.viommu import Viommu
 
 
 @dataclass(eq=False)
@@ -388,7 +387,7 @@ def holds_root(fmt: Format, root_pa: int, pages: U64) -> bool:
     )
 
 
-class Iommu(ABC):
+class Iommu(GuestOps, ABC):
     """The driver of the platform's IOMMU: what all kinds have in common.
 
     :ivar fmt: format of the domains that it makes. :ivar devices: by index on the platform.
@@ -408,10 +407,6 @@ class Iommu(ABC):
     RESERVED: ClassVar[tuple[Range, ...]] = ()
     #: pa of the registers in the records, where firmware's tables would have them
     REGISTER_BASE: ClassVar[int]
-    #: Linux's driver of it has domain_alloc_nested: the parent is what an HWPT on an HWPT is refused for
-    HAS_NESTED_DOMAINS: ClassVar[bool] = False
-    #: guests keep the PASID table of a device that is on a nested HWPT (user_pasid_table)
-    USER_PASID_TABLE: ClassVar[bool] = False
 
     fmt: Format
 
@@ -516,37 +511,9 @@ class Iommu(ABC):
             raise SysError(errno.EOPNOTSUPP, f"a paging domain with data of type {data.data_type:#x}")
         return self.alloc_domain(dirty=bool(flags & IOMMU_HWPT_ALLOC_DIRTY_TRACKING))
 
-    def alloc_nested(self, dev: PciDevice, parent: Domain, flags: int, data: UserData) -> NestedDomain:
-        """A guest's translation on top of ``parent`` (domain_alloc_nested), where ``HAS_NESTED_DOMAINS``.
-
-        :raises SysError: what the driver refuses.
-        """
-        raise AssertionError(f"{dev.name}: no domain of {self.NAME} is a nesting parent")
-
-    def viommu_class(self, dev: PciDevice, viommu_type: int) -> type[Viommu] | None:
-        """What a vIOMMU of this type is, for ``dev`` (get_viommu_size); None: there is none."""
-        return None
-
     def owns(self, domain: Domain) -> bool:
         """Whether this driver made the domain (domain->owner)."""
         return domain.iommu is self
-
-    def set_pasid(self, dev: PciDevice, pasid: int, domain: Domain | NestedDomain | None) -> None:
-        """What translates DMA of ``dev`` with a PASID below its ``max_pasids``; None blocks it.
-
-        :raises SysError: what the driver refuses; nothing changed.
-        """
-        raise AssertionError(f"{dev.name}: no device of a platform has PASIDs")
-
-    def enable_iopf(self, dev: PciDevice) -> None:
-        """Before ``dev`` gets a domain with a fault queue. :raises SysError: ENODEV: no device of a platform
-        has PRI (intel_iommu_enable_iopf).
-        """
-        raise SysError(errno.ENODEV, f"{dev.name} has no PRI")
-
-    def page_response(self, dev: PciDevice, pasid: int, grpid: int, code: int) -> None:
-        """The answer to a page request of ``dev`` (IOMMUFD_PAGE_RESP_*)."""
-        raise AssertionError(f"{dev.name} has no PRI, and no page request to answer")
 
     def alloc_domain(self, *, dirty: bool = False) -> Domain:
         """An empty domain. :raises SysError: ENOMEM, ENOSPC (no domain id left); EOPNOTSUPP: ``dirty``."""
