@@ -247,9 +247,12 @@ class MockViommu(Viommu):
 
 
 class MockHwQueue(HwQueue):
-    """struct mock_hw_queue: made in the order of their indices, each needs the one before."""
+    """struct mock_hw_queue: made in the order of their indices, each needs the one before (``prev``).
 
-    index = 0
+    Linux 7.3.4 never sets its index, so that every one that goes frees the place of queue 0, and no other.
+    """
+
+    prev = None
 
     def init(self, index, base_pa):
         """mock_hw_queue_init_phys."""
@@ -258,21 +261,22 @@ class MockHwQueue(HwQueue):
             raise SysError(errno.EINVAL, f"queue {index}")
         if index in queues:
             raise SysError(errno.EEXIST, f"queue {index} is there")
-        if index and index - 1 not in queues:
+        prev = queues.get(index - 1) if index else None
+        if index and prev is None:
             raise SysError(errno.EIO, f"there is no queue {index - 1}")
         shown = self.viommu.parent.domain.iova_to_phys(np.array([self.iova], np.uint64))
         if base_pa != int(shown[0]):
             raise SysError(errno.EFAULT, f"{base_pa:#x} is not what is at {self.iova:#x}")
-        if index:
-            queues[index - 1].users += 1
-        self.index = index
+        if prev is not None:
+            prev.users += 1
+        self.prev = prev
         queues[index] = self
 
     def release(self):
         """mock_hw_queue_destroy."""
-        del self.viommu.queues[self.index]
-        if self.index:
-            self.viommu.queues[self.index - 1].users -= 1
+        self.viommu.queues.pop(0, None)
+        if self.prev is not None:
+            self.prev.users -= 1
 
 
 class MockIommu:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from conf_env import PAGE, Env, outcome, uapi
 from conf_rows import ABSENT, BASE
 from conf_selftest import (
+    IOMMU_HW_QUEUE_TYPE_SELFTEST,
     IOMMU_HWPT_INVALIDATE_DATA_SELFTEST,
     IOMMU_TEST_OP_PASID_ATTACH,
     IOMMU_TEST_OP_PASID_DETACH,
@@ -64,6 +65,9 @@ def generate(seed, length):
         (8, lambda: ["vdevice", dev(), one("viommu"), rng.randrange(3)]),
         (3, lambda: ["faults"]),
         (6, lambda: ["events", one("viommu"), rng.randrange(1, 3)]),
+        (5, lambda: ["hw_queue", one("viommu"), rng.choice([0, 0, 0, 1, 1, 2])]),
+        (2, lambda: ["unmap", one("ioas")]),
+        (2, lambda: ["map", one("ioas")]),
         (2, lambda: ["close", rng.randrange(6)]),
         (16, lambda: ["replace", dev(), one("ioas", "hwpt", "nested", "nested")]),
         (6, lambda: ["pasid", rng.randrange(3), dev(), one("hwpt", "nested")]),
@@ -72,7 +76,7 @@ def generate(seed, length):
         (7, lambda: ["read", rng.randrange(6), rng.choice([240, 240, 240, 40, 80, 24, 12, 8, 0])]),
         (3, lambda: ["answer", rng.randrange(6), rng.randrange(1, 4), rng.randrange(3)]),
         (3, lambda: ["invalidate", one("nested", "viommu")]),
-        (14, lambda: ["destroy", one("nested", "viommu", "parent", "vdevice", "events", "faults")]),
+        (14, lambda: ["destroy", one("nested", "viommu", "parent", "vdevice", "events", "faults", "hw")]),
     ]
     weights = [weight for weight, _ in makers]
     begin = [["ioas"], ["device", ["ioas", 0]], ["hwpt", 0, ["ioas", 0], NEST, ["any", 0]], ["faults"]]
@@ -114,6 +118,8 @@ class ObjectRun:
         #: id -> Thing, but for devices
         self.things = {}
         self.devices = [None] * DEVICES
+        #: vIOMMU -> the hardware queue that the next one needs, which is the last that was made with index 0
+        self.first_queues = {}
         #: [id, descriptor] of queues; None once it is closed
         self.queues = []
         try:
@@ -191,8 +197,15 @@ class ObjectRun:
     def do_ioas(self):
         answer = self._made("ioas", outcome(self.env.ioas, self.iommufd))
         if isinstance(answer, int):
-            self.env.map_file(self.iommufd, answer, self.file, 0, PAGE, BASE)
+            self._map(answer)
         return answer
+
+    def do_map(self, named):
+        """What an unmap took."""
+        return self._map(self.one(named))
+
+    def _map(self, ioas):
+        return outcome(self.env.map_file, self.iommufd, ioas, self.file, 0, PAGE, BASE)
 
     def do_hwpt(self, index, base, flags, queue):
         base, dev = self.one(base), self.dev(index)
@@ -231,6 +244,31 @@ class ObjectRun:
             return made
         self.queues.append([made.out_veventq_id, self.env.owned(made.out_veventq_fd)])
         return self._made("events", made.out_veventq_id, viommu)
+
+    def do_hw_queue(self, viommu, index):
+        """In the one page that each IOAS shows, as long as it does. Its access has a number too."""
+        viommu = self.one(viommu)
+        fields = {"viommu_id": viommu, "type": IOMMU_HW_QUEUE_TYPE_SELFTEST, "index": index}
+        fields |= {"nesting_parent_iova": BASE + 8, "length": 64}
+        made = outcome(self.env.call, self.iommufd, "IOMMU_HW_QUEUE_ALLOC", **fields)
+        if isinstance(made, str):
+            return made
+        (parent,) = self.things[viommu].uses
+        ioas = {number for number in self.things[parent].uses if self.things[number].kind == "ioas"}
+        before = self.first_queues[viommu] if index else None
+        if not index:
+            self.first_queues[viommu] = made.out_hw_queue_id
+        return self._made("hw", made.out_hw_queue_id, viommu, *ioas, before)
+
+    def do_unmap(self, named):
+        """What queues are in stays mapped."""
+        ioas = self.one(named)
+        there = ioas in self.things and self.things[ioas].kind == "ioas"
+        held = there and any(thing.kind == "hw" and ioas in thing.uses for thing in self.things.values())
+        answer = outcome(self.env.unmap, self.iommufd, ioas)
+        if held and answer != "EBUSY":
+            raise Impossible(f"unmap of IOAS {ioas} under a hardware queue: {answer}")
+        return answer
 
     # ---- devices
 

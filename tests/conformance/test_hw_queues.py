@@ -125,6 +125,17 @@ def test_what_is_pinned_stays_mapped(scene):
     assert scene.unmap(0) == PAGE
 
 
+def test_what_the_mock_driver_remembers(scene):
+    """The mock driver of 7.3.4 has a bug: whichever queue goes, the place of queue 0 is free then."""
+    first, second = scene.queue(0), scene.queue(1)
+    assert scene.destroy(second) is None
+    assert scene.queue(1) == "EEXIST"
+    again = scene.queue(0)
+    assert isinstance(again, int)
+    assert scene.queue(0) == "EEXIST"
+    assert scene.destroy(first, again) == [None, None]
+
+
 def test_unmaps_around_it(scene):
     """Areas before the one that is pinned are gone when EBUSY comes."""
     queue = scene.queue(0, BASE + 3 * PAGE)
