@@ -198,6 +198,18 @@ def test_pitfalls(tree):
     assert not examine(tree.root).abilities["carry_memory"]
 
 
+def test_whether_tables_can_be_read(tree):
+    assert "table proof" not in tree.checks()
+    tree.whole()
+    assert "cannot be proved" in tree.checks()["table proof"].found
+    tree.put("proc/kcore")
+    check = tree.checks()["table proof"]
+    assert (check.state, "CONFIG_INTEL_IOMMU_DEBUGFS=y" in check.hint) == (WARNING, True)
+    tree.put("sys/kernel/debug/iommu/intel/iommu_regset")
+    check = tree.checks()["table proof"]
+    assert (check.state, "/proc/kcore" in check.found, "iommu_regset" in check.found) == (OK, True, True)
+
+
 def test_a_liveupdate_that_cannot_keep_memfds(tree):
     tree.whole()
     tree.config(*(set(EVERYTHING) - {"LIVEUPDATE_MEMFD"}))

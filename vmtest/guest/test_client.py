@@ -24,7 +24,7 @@ from iokeep.uapi import iommufd as uapi
 from iokeep.uapi import kexec
 from iokeep.uapi.kernel import KernelTransport
 from iokeep.uapi.probe import probe
-from vmtest.guest.edu import ADDRESSES, Edu
+from vmtest.guest.edu import ADDRESSES, Edu, bind
 
 PAGE = 4096
 KERNEL = KernelTransport()
@@ -276,6 +276,7 @@ def test_the_example_of_the_documentation() -> None:
 
 
 def test_doctor_finds_nothing_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    bind()
     report = examine(transport=KERNEL)
     assert report.missing == []
     assert report.abilities == {
@@ -286,6 +287,7 @@ def test_doctor_finds_nothing_missing(capsys: pytest.CaptureFixture[str]) -> Non
     }
     states = {check.name: check.state for check in report.checks}
     assert (states["IOMMU"], states["KHO"], states["translations"]) == ("ok", "ok", "absent")
+    assert states["table proof"] == "ok"
     assert main(["host", "doctor"]) == 0
     assert "can      carry memfds over a kexec" in capsys.readouterr().out
 

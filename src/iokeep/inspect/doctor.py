@@ -312,6 +312,40 @@ def _pitfalls(features: Features, root: Path) -> Iterable[Check]:
         )
 
 
+#: where a driver shows its registers, by the IOMMU's name in sysfs, and the option that puts it there
+_REGISTERS = {
+    "dmar": ("sys/kernel/debug/iommu/intel/iommu_regset", "INTEL_IOMMU_DEBUGFS"),
+    "ivhd": ("sys/kernel/debug/iommu/amd/iommu00/mmio", "AMD_IOMMU_DEBUGFS"),
+}
+
+
+def _proof(features: Features, root: Path) -> Iterable[Check]:
+    """Whether tables can be read, to prove translations behind a kexec: memory, and where they begin."""
+    if not features.hardware:
+        return
+    memory = next((path for path in ("/proc/kcore", "/dev/mem") if os.access(root / path[1:], os.R_OK)), None)
+    if memory is None:
+        yield Check(
+            "table proof",
+            WARNING,
+            "physical memory cannot be read: what is mapped again after a kexec cannot be proved",
+            "run as root, on a kernel with CONFIG_PROC_KCORE=y and no lockdown",
+        )
+        return
+    kind = features.hardware[0].name.rstrip("0123456789")
+    path, option = _REGISTERS.get(kind, ("dev/mem", "DEVMEM"))
+    if os.access(root / path, os.R_OK):
+        yield Check("table proof", OK, f"tables by {memory}, the root register by /{path}")
+    else:
+        yield Check(
+            "table proof",
+            WARNING,
+            f"tables by {memory}, but not the root register that they begin at (/{path})",
+            f"a kernel with CONFIG_{option}=y (not meant for production), debugfs mounted; or read the "
+            "register of the unit through /dev/mem",
+        )
+
+
 def _future(features: Features) -> Check:
     known = features.ioctls
     names = [op.name for op in PROPOSED_IOCTLS.values()]
@@ -351,6 +385,7 @@ def examine(root: Path = Path("/"), transport: Transport | None = None) -> Repor
         *_kexec(features, config, root),
         *_handover(features, config),
         *_pitfalls(features, root),
+        *_proof(features, root),
         _future(features),
     ]
     if config is None:
