@@ -46,8 +46,8 @@ def _pages(
     shift, small, outside, pa_shift = masks[0], masks[1], masks[2], masks[3]
     always, reads, writes = masks[4], masks[5], masks[6]
     odd = _ZERO
-    room = np.empty(words.shape[1], np.uint64)
     for t in range(len(row)):
+        table = words[row[t]][opens[t] : closes[t]]
         n = closes[t] - opens[t]
         iova, last = e[0][extent[t] : extent[t] + n], e[1][extent[t] : extent[t] + n]
         pa, prot = e[2][extent[t] : extent[t] + n], e[3][extent[t] : extent[t] + n]
@@ -58,13 +58,11 @@ def _pages(
             want = at + (i << shift)
             odd |= (iova[i] ^ want) | (last[i] ^ (want + small)) | (to & (small | outside))
             odd |= (p & ~_THREE) | ((p - _ONE) >> shift)
-            room[i] = (
+            table[i] = (
                 (to >> pa_shift) ^ always ^ (reads & (_ZERO - (p & _ONE))) ^ (writes & (_ZERO - (p >> _ONE)))
             )
-        stream(words[row[t]][opens[t] : closes[t]], room)
         if odd != _ZERO:
             return False
-    done()
     return True
 
 
