@@ -20,6 +20,7 @@ from conf_selftest import (
     IOMMU_TEST_OP_MD_CHECK_REFS,
     IOMMU_TEST_OP_MOCK_DOMAIN_FLAGS,
     IOMMU_TEST_OP_MOCK_DOMAIN_REPLACE,
+    IOMMU_TEST_OP_SET_TEMP_MEMORY_LIMIT,
     MOCK_ACCESS_RW_WRITE,
     MOCK_FLAGS_ACCESS_CREATE_NEEDS_PIN_PAGES,
     MOCK_FLAGS_DEVICE_NO_DIRTY,
@@ -289,6 +290,10 @@ class Env:
                 return False
             raise
         return True
+
+    def memory_limit(self, fd, limit):
+        """Bytes that the kernel takes for a batch of pages, everywhere, until it is set again."""
+        self.test(fd, IOMMU_TEST_OP_SET_TEMP_MEMORY_LIMIT, memory_limit__limit=limit)
 
     def add_reserved(self, fd, ioas, start, length):
         fields = {"add_reserved__start": start, "add_reserved__length": length}

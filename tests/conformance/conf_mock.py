@@ -16,6 +16,7 @@ from conf_selftest import (
     IOMMU_TEST_OP_DIRTY,
     IOMMU_TEST_OP_MD_CHECK_IOTLB,
     IOMMU_TEST_OP_MD_CHECK_MAP,
+    IOMMU_TEST_OP_SET_TEMP_MEMORY_LIMIT,
     MOCK_IOTLB_NUM,
     MOCK_PAGE_SIZE,
     iommu_test_cmd,
@@ -92,11 +93,18 @@ def _check_iotlb(ictx, call, cmd):
         raise SysError(errno.EINVAL, f"IOTLB entry {number} is not {cmd.check_iotlb.iotlb:#x}")
 
 
+def _memory_limit(ictx, call, cmd):
+    """How much memory a real kernel takes for a batch of pages at most; nothing is done in batches here."""
+    if cmd.memory_limit.limit < 12:
+        raise SysError(errno.EINVAL, "less than one element")
+
+
 _OPS = {
     IOMMU_TEST_OP_ADD_RESERVED: _add_reserved,
     IOMMU_TEST_OP_MD_CHECK_MAP: _check_map,
     IOMMU_TEST_OP_DIRTY: _dirty,
     IOMMU_TEST_OP_MD_CHECK_IOTLB: _check_iotlb,
+    IOMMU_TEST_OP_SET_TEMP_MEMORY_LIMIT: _memory_limit,
     **conf_mock_devices.OPS,
     **conf_access.OPS,
 }

@@ -20,6 +20,7 @@ IOMMU_TEST_OP_CREATE_ACCESS = 5
 IOMMU_TEST_OP_DESTROY_ACCESS_PAGES = 6
 IOMMU_TEST_OP_ACCESS_PAGES = 7
 IOMMU_TEST_OP_ACCESS_RW = 8
+IOMMU_TEST_OP_SET_TEMP_MEMORY_LIMIT = 9
 IOMMU_TEST_OP_MOCK_DOMAIN_REPLACE = 10
 IOMMU_TEST_OP_ACCESS_REPLACE_IOAS = 11
 IOMMU_TEST_OP_MOCK_DOMAIN_FLAGS = 12
@@ -110,6 +111,10 @@ class AccessRw(ctypes.Structure):
     _fields_ = [("iova", U64), ("length", U64), ("uptr", U64), ("flags", U32)]
 
 
+class MemoryLimit(ctypes.Structure):
+    _fields_ = [("limit", U32)]
+
+
 class AccessReplaceIoas(ctypes.Structure):
     _fields_ = [("ioas_id", U32)]
 
@@ -184,6 +189,7 @@ class _Union(ctypes.Union):
         ("destroy_access_pages", DestroyAccessPages),
         ("access_pages", AccessPages),
         ("access_rw", AccessRw),
+        ("memory_limit", MemoryLimit),
         ("access_replace_ioas", AccessReplaceIoas),
         ("dirty", Dirty),
         ("pasid", Pasid),

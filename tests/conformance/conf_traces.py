@@ -24,6 +24,8 @@ from conf_trace_access import opening as access_opening
 FILE_BYTES = (2 * HUGE, 2 * HUGE, 4 * HUGE)
 USER = 2
 DEVICES = 3
+#: what IOMMU_TEST_OP_SET_TEMP_MEMORY_LIMIT begins with
+MEMORY_LIMIT = 65536
 #: what every trace of a kind ends with
 LAST = {"mock": [["check"], ["pins"]], "objects": conf_trace_objects.LAST}
 #: IOVAs that every IOMMU here reaches: 47 bits
@@ -38,6 +40,8 @@ def generate(seed, length, kind):
         return conf_trace_objects.generate(seed, length)
     rng = random.Random(seed)
     trace = [["ioas"]]
+    if kind == "mock" and not rng.randrange(3):
+        trace.append(["memory_limit", rng.choice([12, 16, 64])])
     if kind == "mock" and rng.randrange(2):
         trace += access_opening(rng, BASE)
     makers = [
@@ -187,6 +191,7 @@ class Run(AccessSteps):
         self.devices = [None] * DEVICES
         self.accesses = []
         self.wrote = 0
+        self.limited = False
         env = self.env
         try:
             self.iommufd = env.iommu()
@@ -202,6 +207,8 @@ class Run(AccessSteps):
         return self
 
     def __exit__(self, *_):
+        if self.limited:
+            self.env.memory_limit(self.env.iommu(), MEMORY_LIMIT)
         self.env.__exit__()
 
     @staticmethod
@@ -230,6 +237,11 @@ class Run(AccessSteps):
         if isinstance(answer, int):
             self.shadow.areas[answer] = []
         return answer
+
+    def do_memory_limit(self, limit):
+        """The kernel goes through pages in batches of as few as one."""
+        self.limited = True
+        return outcome(self.env.memory_limit, self.iommufd, limit)
 
     def do_map_file(self, number, file, start, length, at, flags):
         ioas = self.ioas(number)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 from conf_answers import plain
-from conf_env import PAGE, RW
+from conf_env import PAGE, RW, Env, outcome
 from conf_machine import NOTES, SoftMachine, device_kinds, open_machine
 from conf_rows import BASE
 from conf_trace_objects import ObjectRun
-from conf_traces import Area, Impossible, Run, Shadow, difference, generate, judge, run, shrink
+from conf_traces import MEMORY_LIMIT, Area, Impossible, Run, Shadow, difference, generate, judge, run, shrink
 
 TRACES = int(os.environ.get("IOKEEP_TRACES", "40"))
 SEED = int(os.environ.get("IOKEEP_SEED", "0"))
@@ -149,6 +149,15 @@ def test_a_wrong_user_is_seen(machine):
         running.things[viommu].uses.clear()
         with pytest.raises(Impossible, match="not used"):
             running.step(["destroy", ["parent", 0]])
+
+
+def test_a_batch_has_room_for_a_page(machine):
+    if not machine.mock:
+        return
+    with Env(machine) as env:
+        fd = env.iommu()
+        assert outcome(env.memory_limit, fd, 11) == "EINVAL"
+        assert outcome(env.memory_limit, fd, MEMORY_LIMIT) is None
 
 
 def test_shrinking():
