@@ -6,11 +6,11 @@ import pytest
 
 from iokeep.errors import InputError
 from iokeep.mem.capture import read_expected
-from iokeep.pt.attributes import Attributes
 from iokeep.pt.diff import diff
 from iokeep.pt.extents import Extents
 from iokeep.pt.formats.base import CACHE, MMIO, NOEXEC, PRIV
 from iokeep.pt.registry import open_format
+from iokeep.pt.traits import Attributes
 from iokeep.pt.verify import verify
 from iokeep.pt.walk import walk
 

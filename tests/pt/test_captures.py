@@ -6,11 +6,12 @@ import numpy as np
 from iokeep.mem.capture import tsv_lines
 from iokeep.pt import reference
 from iokeep.pt.diff import diff
-from iokeep.pt.digest import digest, digest_extents
+from iokeep.pt.digest import digest_extents
 from iokeep.pt.extents import Extents
 from iokeep.pt.layout import kernel_layout
 from iokeep.pt.leaves import extents, leaves
 from iokeep.pt.registry import open_format
+from iokeep.pt.table_digest import digest
 from iokeep.pt.tables import table_pages
 from iokeep.pt.verify import verify
 from iokeep.pt.walk import walk

@@ -13,11 +13,13 @@ from iokeep.errors import InputError
 from iokeep.pt import digest as digest_module
 from iokeep.pt import leaves as leaves_module
 from iokeep.pt import runs as runs_module
+from iokeep.pt import table_digest
 from iokeep.pt.diff import normalised
-from iokeep.pt.digest import Digest, digest, digest_extents
+from iokeep.pt.digest import Digest, digest_extents
 from iokeep.pt.extents import Extents
 from iokeep.pt.leaves import extents
 from iokeep.pt.registry import open_format
+from iokeep.pt.table_digest import digest
 from iokeep.pt.walk import walk
 
 M64 = 2**64 - 1
@@ -174,7 +176,7 @@ def test_compiled_equals_numpy_equals_extents(new_table, which, seed, damage, da
         said = digest_extents(extents(*built.args)[0], key)
     with (
         mock.patch.object(leaves_module, "PLAIN_TABLES", 1),
-        mock.patch.object(digest_module, "PLAIN_TABLES", 1),
+        mock.patch.object(table_digest, "PLAIN_TABLES", 1),
         mock.patch.object(runs_module, "likely", return_value=bool(seed & 4)),
     ):
         assert digest(*built.args, key, compiled=False) == said

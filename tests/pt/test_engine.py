@@ -12,9 +12,10 @@ from iokeep.errors import InputError, MemoryAbsent
 from iokeep.mem.capture import PageMemory
 from iokeep.mem.ram import Ram
 from iokeep.pt import reference
-from iokeep.pt.digest import digest, digest_extents
+from iokeep.pt.digest import digest_extents
 from iokeep.pt.extents import Extents
 from iokeep.pt.leaves import extents, leaf_items, leaves
+from iokeep.pt.table_digest import digest
 from iokeep.pt.tables import REASONS, TableMemory, descend, expand, table_pages
 from iokeep.pt.verify import verify
 from iokeep.pt.walk import walk

@@ -13,11 +13,12 @@ from iokeep.errors import InputError, MemoryAbsent
 from iokeep.mem.ram import Ram
 from iokeep.pt import reference
 from iokeep.pt.build import AlreadyMapped
-from iokeep.pt.digest import digest, digest_extents
+from iokeep.pt.digest import digest_extents
 from iokeep.pt.extents import Extents
 from iokeep.pt.layout import kernel_layout, table_layout
 from iokeep.pt.leaves import extents, leaves
 from iokeep.pt.registry import open_format
+from iokeep.pt.table_digest import digest
 from iokeep.pt.tables import REASONS, TableMemory, descend, expand, table_pages
 from iokeep.pt.verify import verify
 from iokeep.pt.walk import walk

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from iokeep.mem.capture import Capture, tsv_lines
-from iokeep.pt.digest import digest, digest_extents
+from iokeep.pt.digest import digest_extents
 from iokeep.pt.extents import Extents
 from iokeep.pt.leaves import extents
 from iokeep.pt.registry import FORMATS, open_format
+from iokeep.pt.table_digest import digest
 from iokeep.pt.verify import verify
 from iokeep.pt.walk import walk
 

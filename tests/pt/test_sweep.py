@@ -15,10 +15,10 @@ from iokeep.pt import fill, kernels, run_kernels, sum_kernels, sweep
 from iokeep.pt.build import Table
 from iokeep.pt.compare import clip_extents
 from iokeep.pt.diff import diff
-from iokeep.pt.digest import digest
 from iokeep.pt.extents import Extents
 from iokeep.pt.leaves import extents
 from iokeep.pt.registry import open_format
+from iokeep.pt.table_digest import digest
 from iokeep.pt.tables import LOOP, TableMemory, descend
 from iokeep.pt.verify import verify
 from iokeep.pt.walk import walk
@@ -338,7 +338,8 @@ def test_without_a_compiler_the_same_code_runs():
         "want = Extents(*(np.concatenate(columns) for columns in both))\n"
         "assert verify(fmt, ram, t.root_pa, want, compiled=True).equal\n"
         "from iokeep.pt.diff import diff\n"
-        "from iokeep.pt.digest import digest, digest_extents\n"
+        "from iokeep.pt.digest import digest_extents\n"
+        "from iokeep.pt.table_digest import digest\n"
         "from iokeep.pt.leaves import extents\n"
         "assert diff(fmt, ram, t.root_pa, fmt, ram, t.root_pa, compiled=True).equal\n"
         "found = extents(fmt, ram, t.root_pa, compiled=True)[0]\n"

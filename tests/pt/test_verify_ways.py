@@ -10,10 +10,10 @@ from iokeep.errors import InputError, MemoryAbsent
 from iokeep.pt import sweep
 from iokeep.pt import verify as verify_module
 from iokeep.pt.diff import diff
-from iokeep.pt.digest import digest
 from iokeep.pt.extents import Extents
 from iokeep.pt.leaves import extents
 from iokeep.pt.registry import open_format
+from iokeep.pt.table_digest import digest
 from iokeep.pt.tables import TableMemory, descend
 from iokeep.pt.verify import verify
 from iokeep.pt.walk import walk

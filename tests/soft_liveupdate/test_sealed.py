@@ -7,7 +7,7 @@ import pytest
 from liveupdate_support import AREAS, HWPT_TOKEN, MIB, Guest, check_audit, clean, fails, nothing_left
 
 from iokeep.iommufd.client import NotEqual
-from iokeep.pt.digest import digest
+from iokeep.pt.table_digest import digest
 from iokeep.pt.walk import walk
 from iokeep.soft.kernel import adopt as adopt_module
 from iokeep.soft.kernel.files import PageFile

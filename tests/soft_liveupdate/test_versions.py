@@ -12,7 +12,7 @@ from iokeep.handover.check import check
 from iokeep.handover.reader import read_handover
 from iokeep.iommufd.client import VfioDevice
 from iokeep.luo.client import LiveUpdate
-from iokeep.pt.digest import digest
+from iokeep.pt.table_digest import digest
 from iokeep.soft.hardware import bar
 
 

@@ -25,8 +25,9 @@ from iokeep.bench.policies import Lap, StartUp, play, start_up, typical
 from iokeep.mem.memory import I64, U64
 from iokeep.pt.build import Table
 from iokeep.pt.diff import diff, normalised
-from iokeep.pt.digest import digest, digest_extents
+from iokeep.pt.digest import digest_extents
 from iokeep.pt.leaves import extents
+from iokeep.pt.table_digest import digest
 from iokeep.pt.tables import TableMemory, descend
 from iokeep.pt.verify import verify
 

@@ -683,7 +683,8 @@ def _diff(args: argparse.Namespace) -> int:
 def _digest(args: argparse.Namespace) -> int:
     import os
 
-    from iokeep.pt.digest import KEY_BYTES, digest
+    from iokeep.pt.digest import KEY_BYTES
+    from iokeep.pt.table_digest import digest
 
     if args.key is None:
         key = os.urandom(KEY_BYTES)

@@ -26,9 +26,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iokeep.pt.attributes import Differences, Traits, overlaps
+from iokeep.pt.attributes import Differences, overlaps
 from iokeep.pt.compare import Bbm, BbmRange, Verdict
 from iokeep.pt.formats.base import Format
+from iokeep.pt.traits import Traits
 
 LEVELS = (0, 1, 2)
 #: reasons of mismatches that no level allows (a bad item: nobody can say what hardware has cached)

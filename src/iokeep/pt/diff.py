@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from iokeep.mem.memory import I64, Memory
-from iokeep.pt.attributes import Traits, compare_tables, item_traits, judged, table_traits
+from iokeep.pt.attributes import compare_tables, item_traits, judged, table_traits
 from iokeep.pt.bbm import judge
 from iokeep.pt.compare import Mismatch, Verdict
 from iokeep.pt.extents import PROT_R, PROT_W, Extents
 from iokeep.pt.formats.base import Format
 from iokeep.pt.layout import Layout, compare_layouts
 from iokeep.pt.leaves import LargeRuns, Leaves, by_kernels, extents, join_extents, kernels_down
+from iokeep.pt.states import OTHER
 from iokeep.pt.tables import (
     ATTRS,
     REASONS,
@@ -26,6 +27,7 @@ from iokeep.pt.tables import (
     expand,
     raise_unreadable,
 )
+from iokeep.pt.traits import Traits
 from iokeep.pt.verify import verify
 
 if TYPE_CHECKING:
@@ -34,8 +36,6 @@ if TYPE_CHECKING:
 #: tables of both sides from so many bytes on are worth the start of compiled code: NumPy compares runs and
 #: pages well, and what is neither is the general code's in any case
 COMPILED_COLD = 512 << 20
-#: state of a table that is no run (``runs.OTHER``)
-OTHER = 0
 #: so many tables are always worth the general code's look
 _LEFT = 64
 

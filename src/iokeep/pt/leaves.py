@@ -13,6 +13,7 @@ from iokeep.mem.memory import Memory
 from iokeep.pt.choice import loaded, worth_compiled
 from iokeep.pt.extents import U8, U64, Extents
 from iokeep.pt.formats.base import Format
+from iokeep.pt.states import RUN
 from iokeep.pt.tables import (
     Alike,
     Items,
@@ -26,8 +27,8 @@ from iokeep.pt.tables import (
 )
 
 if TYPE_CHECKING:
-    from iokeep.pt.attributes import Traits
     from iokeep.pt.runs import Runs
+    from iokeep.pt.traits import Traits
 
 #: tables from so many bytes on are read by compiled code, where it is loaded and where it is not
 COMPILED_WARM = 1 << 20
@@ -191,7 +192,7 @@ class LargeRuns:
             return np.zeros(len(tables), np.bool_)
         found = runs.runs_of(tm, tables, self.threads, compiled=compiled)
         self.found.append(found)
-        return np.asarray(found.state == runs.RUN, np.bool_)
+        return np.asarray(found.state == RUN, np.bool_)
 
     def extents(self) -> list[Extents]:
         """What they translate, canonical for each level."""

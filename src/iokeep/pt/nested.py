@@ -32,7 +32,6 @@ from iokeep.mem.arrays import unique
 from iokeep.mem.capture import PageMemory
 from iokeep.mem.memory import I64, U8, U64, Memory, Rows
 from iokeep.pt.attributes import (
-    Attributes,
     Common,
     Differences,
     compare_said,
@@ -57,6 +56,7 @@ from iokeep.pt.tables import (
     expand,
     units_of,
 )
+from iokeep.pt.traits import Attributes
 from iokeep.pt.walk import Walk
 from iokeep.pt.walk import walk as walk_stage
 

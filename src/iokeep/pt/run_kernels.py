@@ -12,7 +12,7 @@ import numpy as np
 from iokeep.mem.memory import I64, U8, U64
 from iokeep.pt.cache import ahead
 from iokeep.pt.kernels import compiled
-from iokeep.pt.runs import EMPTY, OTHER, RUN
+from iokeep.pt.states import EMPTY, OTHER, RUN
 
 _ZERO = np.uint64(0)
 _ONE = np.uint64(1)

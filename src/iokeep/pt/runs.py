@@ -19,10 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iokeep.mem.memory import I64, U8, U64
-from iokeep.pt.attributes import Attributes, Traits
 from iokeep.pt.extents import Extents
 from iokeep.pt.formats.base import Format, LevelSpec
+from iokeep.pt.states import EMPTY, OTHER, PAGES, RUN
 from iokeep.pt.tables import TableMemory, Tables, leaves_of
+from iokeep.pt.traits import Attributes, Traits
 
 _ZERO = np.uint64(0)
 _ONE = np.uint64(1)
@@ -31,8 +32,6 @@ _MAX = 2**64 - 1
 _LINE = 8
 #: so many tables are read at once by NumPy: they stay in the second cache with what is made of them
 _FEW = 64
-#: states of a table
-OTHER, RUN, EMPTY, PAGES = 0, 1, 2, 3
 #: tables of more sorts than these are left to the general code
 _SORTS = 256
 #: where columns of output begin, in items: those that begin at one place of a page disturb each other
@@ -88,7 +87,7 @@ def _masks(spec: LevelSpec) -> U64:
 class Means:
     """What items mean, by sort: ``sort`` int16[n] a table each; of each sort ``sound``, a bool: else nothing
     is said; ``lg2``, ``prot`` uint8 of the leaves; ``word``, ``said`` uint64 of
-    :class:`~iokeep.pt.attributes.Attributes`; ``keep`` uint8. Sort 0 is not sound.
+    :class:`~iokeep.pt.traits.Attributes`; ``keep`` uint8. Sort 0 is not sound.
     """
 
     sort: NDArray[np.int16]

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iokeep.mem.memory import I64, U8, U64
+from iokeep.pt.cache import ahead
 from iokeep.pt.extents import Extents
 from iokeep.pt.formats.base import Contig, LevelSpec
 from iokeep.pt.kernels import compiled, in_memory_order, over_threads
@@ -138,6 +139,7 @@ def _runs(
     hint: np.uint64,
     hint_pa: np.uint64,
     agree: np.uint64,
+    scattered: bool,
     out: U8,
 ) -> None:
     """Tables of kind 0, 1 and GROUPED: out[t] = 1 where proved.
@@ -146,10 +148,14 @@ def _runs(
     :param hint: bits that say "contiguous" in all items of an aligned run or in none, and never matter else;
         ``hint_pa``: bits of the first word that are zero where the run is aligned so; ``agree``: bits
         that never matter else, but must not differ among such items.
+    :param scattered: the tables do not come in the order of memory.
     """
     size = np.uint64(items.shape[1])
+    last = len(row) - 1
     for t in range(len(row)):
         table = items[row[t]]
+        if scattered:
+            ahead(items[row[min(t + 1, last)]])
         wrong = _ZERO
         if kind[t] >= GROUPED:
             first, model = entry[t], table[_ZERO]
@@ -206,8 +212,10 @@ def _mixed(
     size = np.uint64(items.shape[1])
     page = _ONE << shift
     total, bad = _ZERO, _ZERO
+    final = len(row) - 1
     for t in range(len(row)):
         table = items[row[t]]
+        ahead(items[row[min(t + 1, final)]])
         start = base[t]
         a, b = first[t], after[t]
         wrong = _ZERO
@@ -356,9 +364,11 @@ class Plan:
         self.entry[one] ^= word[at]
         self.kind[one] = kind[at]
 
-    def runs(self, rows: I64, kinds: U8, words: U64, entries: U64, out: U8) -> None:
+    def runs(
+        self, rows: I64, kinds: U8, words: U64, entries: U64, out: U8, *, scattered: bool = False
+    ) -> None:
         """Prove tables that :func:`_runs` can."""
-        _runs(self._items, rows, kinds, words, entries, *self._run, out)
+        _runs(self._items, rows, kinds, words, entries, *self._run, scattered, out)
 
     def mixed(self, rows: I64, bases: U64, firsts: I64, afters: I64, out: U8) -> U64:
         """Prove tables of kind 2. :return: the sums of :func:`_mixed`."""
@@ -377,12 +387,12 @@ class Plan:
         here, out = slice(lo, hi), np.zeros(hi - lo, np.uint8)
         kind = self.kind[here]
         if not (self.counts[2] or self.counts[3]):
-            self.runs(self.row[here], kind, self.word[here], self.entry[here], out)
+            self.runs(self.row[here], kind, self.word[here], self.entry[here], out, scattered=True)
             return out.view(np.bool_)
         plain, mixed = np.flatnonzero(_is_run(kind)), np.flatnonzero(kind == 2)
         if len(plain):
             at, found = plain + lo, np.empty(len(plain), np.uint8)
-            self.runs(self.row[at], kind[plain], self.word[at], self.entry[at], found)
+            self.runs(self.row[at], kind[plain], self.word[at], self.entry[at], found, scattered=True)
             out[plain] = found
         if len(mixed):
             at, found = mixed + lo, np.empty(len(mixed), np.uint8)

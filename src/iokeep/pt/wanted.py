@@ -11,12 +11,13 @@ import numpy as np
 
 from iokeep.errors import InputError
 from iokeep.mem.memory import U8, Memory
-from iokeep.pt.attributes import Common, Differences, Traits, table_traits
+from iokeep.pt.attributes import Common, Differences, table_traits
 from iokeep.pt.bbm import judge
 from iokeep.pt.compare import Verdict
 from iokeep.pt.extents import Extents
 from iokeep.pt.formats.base import Format
 from iokeep.pt.segments import choose_leaves
+from iokeep.pt.traits import Traits
 
 _ONE = np.uint64(1)
 
