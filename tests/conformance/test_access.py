@@ -3,6 +3,7 @@
 iommufd_ioas and iommufd_mock_domain of the kernel's selftest), and what becomes of it when areas go.
 """
 
+import numpy as np
 import pytest
 from conf_env import HUGE, PAGE, RW, Env, R, Refused, W, outcome
 from conf_machine import MIB, device_kinds, open_machine
@@ -38,6 +39,12 @@ UNSEEN = {
 }
 
 
+def content(number):
+    """What is in a memfd: no two pages are alike, nor any two files."""
+    i = np.arange(PAGES * PAGE)
+    return ((number + i * 7 + i // PAGE) % 251).astype(np.uint8).tobytes()
+
+
 class Scene:
     """An iommufd, an IOAS with areas, an emulated device that may pin; ``kind``: what shows the IOAS."""
 
@@ -47,7 +54,7 @@ class Scene:
         self.files = [env.memfd(PAGES * PAGE) for _ in range(2)]
         self.maps = [env.mmap(file, PAGES * PAGE) for file in self.files]
         for number, mapping in enumerate(self.maps):
-            mapping.write(0, bytes((number + i * 7 + i // PAGE) % 251 for i in range(PAGES * PAGE)))
+            mapping.write(0, content(number))
         self.kmsg = env.open("/dev/kmsg")
         self.ioas = env.ioas(self.fd)
         self.kind = kind
