@@ -6,10 +6,12 @@ The real kernel's run is vmtest/test_sessions.py: its kexec ends what pytest run
 
 import conf_kexec
 import pytest
+from conf_machine import machine_name
 
 from iokeep.soft.testing import LocalHost
 
 MIB = 1 << 20
+pytestmark = pytest.mark.skipif(machine_name() == "kernel", reason="vmtest/test_sessions.py has them")
 
 
 class Client:
