@@ -10,6 +10,7 @@ from iokeep.pt.diff import diff
 from iokeep.pt.extents import Extents
 from iokeep.pt.layout import kernel_layout, table_layout
 from iokeep.pt.leaves import extents
+from iokeep.pt.registry import open_format
 from iokeep.pt.verify import verify
 from iokeep.pt.walk import walk
 
@@ -224,3 +225,24 @@ def test_layout_of_a_table_is_what_the_kernel_chooses(new_table, fmt):
     for a, b in ((found.iova, want.iova), (found.last, want.last), (found.lg2, want.lg2)):
         assert a.tolist() == b.tolist()
     assert extents(*built.args)[0].iova.tolist() == areas.canonical().iova.tolist()
+
+
+def test_an_absent_table_that_skips_levels_spans_what_it_would_cover(new_table):
+    """The whole comparison and that of a range name the same IOVAs: beyond it nothing translates anyway."""
+    fmt = open_format("amdv1", {"levels": 4})
+    built = new_table(fmt)
+    far = 4 << 20
+    want = Extents.of([(0, 0xFFF, 0x5000, 3), (far, far + 0xFFF, 0x6000, 3)])
+    built.table.map(want)
+    _, at, item = walk(*built.args, 0).steps[0]
+    spec = fmt.levels[fmt.top_level]
+    mask, value = next((m, v) for m, v, level in spec.next_levels if level == 0)
+    lost = built.ram.size * 2
+    built.ram.store64(at, item & ~(mask | spec.table_pa_mask) | value | lost)
+    whole = verify(*built.args, want).mismatches
+    assert [(m.iova, m.last, m.reason) for m in whole] == [
+        (0, (2 << 20) - 1, "absent"),
+        (far, far + 0xFFF, "missing"),
+    ]
+    assert verify(*built.args, want, start=2 << 20, last=far - 1).equal
+    assert not verify(*built.args, want, start=0, last=0xFFF).equal

@@ -216,6 +216,38 @@ def visit_once(pa: U64, prot: U8, first: np.uint64, state: U8) -> bool:
     return True
 
 
+@compiled
+def any_hidden(items: U64, row: I64, present: np.uint64, occupied: np.uint64) -> bool:
+    """Whether an item of the tables in ``row`` has none of the bits ``present``, and some that are
+    ``occupied``.
+    """
+    size = np.uint64(items.shape[1])
+    hidden = _ZERO
+    for t in range(len(row)):
+        table = items[row[t]]
+        for i in range(size):
+            item = table[i]
+            hidden |= item & occupied if item & present == _ZERO else _ZERO
+    return bool(hidden != _ZERO)
+
+
+@compiled
+def only_such(
+    items: U64, row: I64, present: np.uint64, mask: np.uint64, value: np.uint64, out: NDArray[np.bool_]
+) -> None:
+    """out[t] = all items of the table row[t] that have any of the bits ``present`` are ``value`` under
+    ``mask``.
+    """
+    size = np.uint64(items.shape[1])
+    for t in range(len(row)):
+        table = items[row[t]]
+        other = _ZERO
+        for i in range(size):
+            item = table[i]
+            other |= (item & mask) ^ value if item & present != _ZERO else _ZERO
+        out[t] = other == _ZERO
+
+
 def thread_count(size: int, threads: int | None = None) -> int:
     """Threads for ``size`` bytes of tables: as asked, as ``IOKEEP_THREADS`` says, or as many as help."""
     if threads is None:

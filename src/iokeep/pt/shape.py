@@ -124,6 +124,12 @@ def only_leaves(tm: TableMemory, tables: Tables) -> NDArray[np.bool_]:
     spec, out = tm.fmt.levels[level], np.zeros(len(tables), np.bool_)
     if not spec.leaf:
         return out
+    if _in_place(tm, level) and spec.table and not spec.leaf_values:
+        from iokeep.pt.kernels import only_such
+
+        masks = (tm.present(level), np.uint64(spec.leaf_mask), np.uint64(spec.leaf_value))
+        only_such(tm.view(level).data.view(np.uint64), tables.row, *masks, out)
+        return out
     for lo in range(0, len(tables), CHUNK):
         row = tables.row[lo : lo + CHUNK]
         flat = tm.items(row, level).reshape(-1)
@@ -132,6 +138,12 @@ def only_leaves(tm: TableMemory, tables: Tables) -> NDArray[np.bool_]:
         out[lo : lo + CHUNK] = True
         out[lo + down] = False
     return out
+
+
+def _in_place(tm: TableMemory, level: int) -> bool:
+    """Whether compiled code is at hand, and can look at the tables of a level where they are."""
+    whole = tm.plains[level] and tm.parts[level] == 1
+    return loaded("kernels") and whole and not tm.fmt.levels[level].valid_values
 
 
 def unfit(tm: TableMemory, upper: Upper, owned: U64) -> Unfit:
@@ -273,6 +285,12 @@ def _ghosts(tm: TableMemory, level: int, base: U64, pa: U64, found: _Found) -> N
     if not spec.table or (not occupied & ~spec.valid_mask and not spec.valid_values):
         return
     rows = np.zeros(1, np.int64) if level == fmt.top_level else tm.index(level, pa)
+    if level < fmt.top_level and _in_place(tm, level):
+        from iokeep.pt.kernels import any_hidden
+
+        masks = np.uint64(spec.valid_mask), np.uint64(occupied)
+        if not any_hidden(tm.view(level).data.view(np.uint64), rows, *masks):
+            return
     for lo in range(0, len(pa), CHUNK):
         part = slice(lo, lo + CHUNK)
         items = tm.root(int(pa[0])) if level == fmt.top_level else tm.items(rows[part], level)

@@ -708,11 +708,13 @@ def descend(
                 waiting[level - 1] = []
             bad_rows = loop | absent
             where = base[bad_rows]
+            # A table that skips levels covers less than the item that leads to it.
+            covers = np.uint64((1 << (fmt.levels[level - 1].shift + fmt.levels[level - 1].index_bits)) - 1)
             shifts = np.array([spec.shift for spec in fmt.levels], np.uint64)
             problems.append(
                 Problems(
                     where,
-                    where + ((np.uint64(1) << shifts[source[bad_rows]]) - np.uint64(1)),
+                    where + np.minimum((np.uint64(1) << shifts[source[bad_rows]]) - np.uint64(1), covers),
                     np.where(loop[bad_rows], np.uint8(LOOP), np.uint8(ABSENT)),
                     source[bad_rows],
                     at[bad_rows],
