@@ -61,7 +61,7 @@ def tree(fmt: Format, mem: Memory, root_pa: int) -> Tree:
     """Everything under ``root_pa``, level by level. :raises MemoryAbsent: the root is absent."""
     out = Tree(pages={root_pa})
     mem.read(root_pa, fmt.root_bytes)
-    # level -> pa, raw iova, what is granted, and the range of the item that points there
+    # level -> pa, raw iova, what is granted, and the range that the table covers
     waiting: dict[int, list[tuple[int, int, int, tuple[int, int]]]] = {n: [] for n in range(len(fmt.levels))}
     waiting[fmt.top_level] = [(root_pa, 0, 3, (0, 0))]
     covered: set[int] = set()
@@ -94,7 +94,10 @@ def tree(fmt: Format, mem: Memory, root_pa: int) -> Tree:
                     out.bad.append((iova, last, "attrs"))
                 if not entry.leaf:
                     below = level - 1 if entry.below is None else entry.below
-                    waiting[below].append((entry.pa, raw, prot, (iova, last)))
+                    # A table that skips levels covers less than the item that leads to it.
+                    covers = min(1 << size, fmt.levels[below].items << fmt.levels[below].shift)
+                    end_iova = _extended(fmt, raw + covers - 1)
+                    waiting[below].append((entry.pa, raw, prot, (iova, end_iova)))
                     continue
                 if entry.lg2 is None:
                     out.leaves.append((level, iova, entry.pa, prot))
