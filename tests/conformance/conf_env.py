@@ -35,6 +35,10 @@ from iokeep.uapi.errnos import name as errno_name
 R, W = uapi.IOMMU_IOAS_MAP_READABLE, uapi.IOMMU_IOAS_MAP_WRITEABLE
 FIXED = uapi.IOMMU_IOAS_MAP_FIXED_IOVA
 RW = R | W
+#: what HWPT_ALLOC makes: a nesting parent, an HWPT with dirty tracking, one whose faults go to a queue, one
+#: for PASIDs
+NEST, TRACKED = uapi.IOMMU_HWPT_ALLOC_NEST_PARENT, uapi.IOMMU_HWPT_ALLOC_DIRTY_TRACKING
+FAULT, FOR_PASIDS = uapi.IOMMU_HWPT_FAULT_ID_VALID, uapi.IOMMU_HWPT_ALLOC_PASID
 ULONG_MAX = (1 << 64) - 1
 MFD_ALLOW_SEALING = 2
 HUGE = 1 << 21
@@ -351,6 +355,6 @@ REQUESTS = _requests()
 PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 assert PAGE_BYTES == PAGE, "the suite is written for pages of 4 KiB"
 __all__ = [
-    "Env", "Extended", "FIXED", "HUGE", "PAGE", "R", "REQUESTS", "RW", "Refused", "ULONG_MAX", "W",
-    "errno_name", "luo", "make", "outcome", "uapi", "vfio",
+    "Env", "Extended", "FAULT", "FIXED", "FOR_PASIDS", "HUGE", "NEST", "PAGE", "R", "REQUESTS", "RW",
+    "Refused", "TRACKED", "ULONG_MAX", "W", "errno_name", "luo", "make", "outcome", "uapi", "vfio",
 ]  # fmt: skip

@@ -12,9 +12,9 @@ reserves), ("ranges", ...) an array. ``answer``: 0, an errno's name, or {field: 
 From drivers/iommu/iommufd of Linux 7.3.4 in the order of its checks: a row with two faults says which wins.
 """
 
-from iokeep.uapi import iommufd as u
+from conf_env import FAULT, FIXED, NEST, RW, TRACKED, ULONG_MAX, R, W
+from conf_env import uapi as u
 
-ULONG_MAX = (1 << 64) - 1
 BASE = 1 << 24
 AREA = 0x10000
 #: (iova, prot): areas of AREA bytes of the memfd from offset 0 on; the third follows on the second
@@ -23,8 +23,7 @@ FREE = BASE + 0x100000
 ABSENT = 0x7FFF0000
 MEMFD_BYTES = 0x80000
 
-F, R, W = u.IOMMU_IOAS_MAP_FIXED_IOVA, u.IOMMU_IOAS_MAP_READABLE, u.IOMMU_IOAS_MAP_WRITEABLE
-FRW = F | R | W
+F, FRW = FIXED, FIXED | RW
 
 MAP = {"flags": FRW, "ioas_id": "ioas", "user_va": "hva", "length": AREA, "iova": FREE}
 MAP_FILE = {"flags": FRW, "ioas_id": "ioas", "fd": "memfd", "start": 0, "length": AREA, "iova": FREE}
@@ -47,9 +46,6 @@ INFO = {"dev_id": "dev", "data_len": 64, "data_uptr": "buffer"}
 DIRTY = {"hwpt_id": "hwpt", "iova": BASE, "length": AREA, "page_size": 0x1000, "data": "buffer"}
 INVALIDATE = {"hwpt_id": "hwpt", "data_uptr": "buffer", "entry_len": 8, "entry_num": 1}
 GET_PA = {"ioas_id": "ioas", "iova": BASE, "length": 0x1000}
-FAULT = u.IOMMU_HWPT_FAULT_ID_VALID
-DIRTY_FLAG = u.IOMMU_HWPT_ALLOC_DIRTY_TRACKING
-NEST = u.IOMMU_HWPT_ALLOC_NEST_PARENT
 #: a data type that no driver has
 BOGUS = 0x7EAD
 
@@ -273,8 +269,8 @@ ROWS = [
     ("IOMMU_HWPT_ALLOC", {**HWPT, "flags": FAULT | NEST, "fault_id": "fault"}, "EOPNOTSUPP", "d"),
     ("IOMMU_HWPT_ALLOC", {**HWPT, "flags": FAULT, "fault_id": "absent"}, "ENOENT", "d"),
     ("IOMMU_HWPT_ALLOC", {**HWPT, "flags": FAULT, "fault_id": "ioas"}, "ENOENT", "d"),
-    ("IOMMU_HWPT_ALLOC", {**HWPT, "flags": FAULT | DIRTY_FLAG, "fault_id": "absent"}, "EOPNOTSUPP", "d"),
-    ("IOMMU_HWPT_ALLOC", {**HWPT, "flags": DIRTY_FLAG}, "EOPNOTSUPP", "d"),
+    ("IOMMU_HWPT_ALLOC", {**HWPT, "flags": FAULT | TRACKED, "fault_id": "absent"}, "EOPNOTSUPP", "d"),
+    ("IOMMU_HWPT_ALLOC", {**HWPT, "flags": TRACKED}, "EOPNOTSUPP", "d"),
     ("IOMMU_HWPT_ALLOC", {**HWPT, "flags": NEST}, "EOPNOTSUPP", "v"),
     (
         "IOMMU_HWPT_ALLOC",
@@ -283,7 +279,7 @@ ROWS = [
         "d",
     ),
     ("IOMMU_HWPT_ALLOC", {**HWPT, "pt_id": "own"}, "EOPNOTSUPP", "d"),
-    ("IOMMU_HWPT_ALLOC", {**HWPT, "pt_id": "own", "flags": DIRTY_FLAG}, "EOPNOTSUPP", "d"),
+    ("IOMMU_HWPT_ALLOC", {**HWPT, "pt_id": "own", "flags": TRACKED}, "EOPNOTSUPP", "d"),
     (
         "IOMMU_HWPT_ALLOC",
         {**HWPT, "pt_id": "own", "data_type": BOGUS, "data_len": 8, "data_uptr": "buffer"},

@@ -9,7 +9,7 @@ what the rest is answered with, two machines must agree.
 import random
 from dataclasses import dataclass, field
 
-from conf_env import PAGE, Env, outcome, uapi
+from conf_env import FAULT, FOR_PASIDS, NEST, PAGE, Env, outcome, uapi
 from conf_rows import ABSENT, BASE
 from conf_selftest import (
     IOMMU_HW_QUEUE_TYPE_SELFTEST,
@@ -31,11 +31,6 @@ from conf_trace_access import Impossible
 DEVICES = 3
 #: the PASID of each device that is attached and detached
 PASID = 7
-NEST, FAULT, FOR_PASIDS = (
-    uapi.IOMMU_HWPT_ALLOC_NEST_PARENT,
-    uapi.IOMMU_HWPT_FAULT_ID_VALID,
-    uapi.IOMMU_HWPT_ALLOC_PASID,
-)
 #: what a trace ends with: every object is destroyed by its number, again and again until nothing is left
 LAST = [["destroy_all"]]
 

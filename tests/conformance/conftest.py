@@ -24,6 +24,17 @@ def machine():
     opened.close()
 
 
+@pytest.fixture
+def env(machine):
+    """A process of its own for the case, which the kernel warns of nothing in."""
+    from conf_env import Env
+
+    before = machine.warnings()
+    with Env(machine) as opened:
+        yield opened
+    assert machine.warnings() == before
+
+
 def pytest_terminal_summary(terminalreporter):
     from conf_machine import NOTES
 

@@ -5,9 +5,10 @@ iommufd_ioas and iommufd_mock_domain of the kernel's selftest), and what becomes
 
 import numpy as np
 import pytest
-from conf_env import HUGE, PAGE, RW, Env, R, Refused, W, outcome
-from conf_machine import MIB, device_kinds, open_machine
-from conf_rows import ABSENT, BASE, ULONG_MAX
+from conf_env import HUGE, PAGE, RW, ULONG_MAX, R, Refused, W, outcome
+from conf_machine import MIB
+from conf_marks import KINDS, kinds, needs_mock
+from conf_rows import ABSENT, BASE
 from conf_selftest import (
     MOCK_ACCESS_RW_SLOW_PATH,
     MOCK_FLAGS_ACCESS_SYZ,
@@ -16,8 +17,7 @@ from conf_selftest import (
 )
 from test_rows import attach
 
-MACHINE = open_machine()
-pytestmark = pytest.mark.skipif(not MACHINE.mock, reason="this machine has no emulated devices")
+pytestmark = needs_mock
 WRITE, SLOW = MOCK_FLAGS_ACCESS_WRITE, MOCK_ACCESS_RW_SLOW_PATH
 #: pages of user memory, in the first memfd, and of the second
 PAGES = 64
@@ -97,18 +97,6 @@ class Scene:
 
     def alignment(self, ioas=None):
         return self.env.ranges(self.fd, ioas or self.ioas)[1]
-
-
-KINDS = [None, *device_kinds(MACHINE)]
-kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind or "alone")
-
-
-@pytest.fixture
-def env(machine):
-    before = machine.warnings()
-    with Env(machine) as env:
-        yield env
-    assert machine.warnings() == before
 
 
 def at(name, offset=0):

@@ -2,8 +2,8 @@
 """Dirty tracking of mock devices (the fixture iommufd_dirty_tracking of the kernel's selftest)."""
 
 import pytest
-from conf_env import PAGE, Env, R, W, outcome, uapi
-from conf_machine import device_kinds, open_machine
+from conf_env import FOR_PASIDS, NEST, PAGE, TRACKED, R, W, outcome, uapi
+from conf_marks import needs_mock
 from conf_rows import BASE
 from conf_selftest import (
     IOMMU_TEST_OP_PASID_ATTACH,
@@ -14,10 +14,8 @@ from conf_selftest import (
     iommu_hwpt_selftest,
 )
 
-MACHINE = open_machine()
-pytestmark = pytest.mark.skipif("mock" not in device_kinds(MACHINE), reason="this machine has no mock IOMMU")
+pytestmark = needs_mock
 ON, NO_CLEAR = uapi.IOMMU_HWPT_DIRTY_TRACKING_ENABLE, uapi.IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR
-TRACKED = uapi.IOMMU_HWPT_ALLOC_DIRTY_TRACKING
 PAGES = 64
 #: pages with no area: a hole
 HOLE = range(40, 44)
@@ -63,11 +61,8 @@ class Scene:
 
 
 @pytest.fixture
-def scene(machine):
-    before = machine.warnings()
-    with Env(machine) as env:
-        yield Scene(env)
-    assert machine.warnings() == before
+def scene(env):
+    return Scene(env)
 
 
 def test_only_what_can_track_tracks(scene):
@@ -106,7 +101,7 @@ def pasid(scene, op, stdev, pt=0):
 def test_pasids(scene):
     """pasid_set_dirty_tracking of the kernel's selftest."""
     env, fd = scene.env, scene.fd
-    hwpt = env.hwpt(fd, scene.dev, scene.ioas, TRACKED | uapi.IOMMU_HWPT_ALLOC_PASID)
+    hwpt = env.hwpt(fd, scene.dev, scene.ioas, TRACKED | FOR_PASIDS)
     stdev, _, _ = env.mock(fd, hwpt, MOCK_FLAGS_DEVICE_PASID)
     assert pasid(scene, IOMMU_TEST_OP_PASID_ATTACH, stdev, hwpt) == 0
     assert [scene.track(hwpt=hwpt), scene.track(0, hwpt=hwpt)] == [0, 0]
@@ -117,7 +112,7 @@ def test_pasids(scene):
     assert pasid(scene, IOMMU_TEST_OP_PASID_ATTACH, stdev, hwpt) == "EINVAL"
     # on one that does: only for the device itself the mock driver asks whether it tracks dirt
     assert outcome(env.mock_replace, fd, stdev, hwpt) == "EINVAL"
-    env.mock_replace(fd, stdev, env.hwpt(fd, dev, scene.ioas, uapi.IOMMU_HWPT_ALLOC_PASID))
+    env.mock_replace(fd, stdev, env.hwpt(fd, dev, scene.ioas, FOR_PASIDS))
     assert pasid(scene, IOMMU_TEST_OP_PASID_ATTACH, stdev, hwpt) == 0
     assert pasid(scene, IOMMU_TEST_OP_PASID_DETACH, stdev) == 0
 
@@ -125,7 +120,7 @@ def test_pasids(scene):
 def test_a_nesting_parent_tracks(scene):
     """Also while devices are on nested HWPTs above it."""
     env, fd = scene.env, scene.fd
-    parent = env.hwpt(fd, scene.dev, scene.ioas, TRACKED | uapi.IOMMU_HWPT_ALLOC_NEST_PARENT)
+    parent = env.hwpt(fd, scene.dev, scene.ioas, TRACKED | NEST)
     nested = env.hwpt(fd, scene.dev, parent, 0, bytes(iommu_hwpt_selftest()))
     env.mock_replace(fd, scene.stdev, nested)
     scene.hwpt = parent

@@ -10,9 +10,10 @@ import os
 import select
 
 import pytest
-from conf_env import PAGE, Env, outcome, uapi
-from conf_machine import device_kinds, open_machine
-from conf_rows import ABSENT, BASE
+from conf_env import FAULT, FOR_PASIDS, PAGE, outcome, uapi
+from conf_marks import KINDS, MACHINE, needs_mock
+from conf_rows import ABSENT
+from conf_scene import Scene
 from conf_selftest import (
     IOMMU_TEST_OP_PASID_ATTACH,
     IOMMU_TEST_OP_PASID_DETACH,
@@ -26,14 +27,7 @@ from conf_selftest import (
 from iokeep.iommufd.client import Iommufd
 from iokeep.iommufd.viommu import FaultQueue
 
-MACHINE = open_machine()
-KINDS = device_kinds(MACHINE)
-pytestmark = pytest.mark.skipif("mock" not in KINDS, reason="this machine has no mock IOMMU")
-FAULT, PASID, NEST = (
-    uapi.IOMMU_HWPT_FAULT_ID_VALID,
-    uapi.IOMMU_HWPT_ALLOC_PASID,
-    uapi.IOMMU_HWPT_ALLOC_NEST_PARENT,
-)
+pytestmark = needs_mock
 ONE = ctypes.sizeof(uapi.iommu_hwpt_pgfault)
 OK, INVALID = uapi.IOMMUFD_PAGE_RESP_SUCCESS, uapi.IOMMUFD_PAGE_RESP_INVALID
 LAST, WITH_PASID = uapi.IOMMU_PGFAULT_FLAGS_LAST_PAGE, uapi.IOMMU_PGFAULT_FLAGS_PASID_VALID
@@ -68,31 +62,23 @@ class Queue:
         return done if isinstance(done, str) else done // 8
 
 
-class Scene:
+class Faults(Scene):
     """A device with PASIDs on "paging", an HWPT whose faults go to a queue."""
 
     def __init__(self, env):
-        self.env = env
-        self.fd = env.iommu()
-        self.ioas = env.ioas(self.fd)
-        env.map_file(self.fd, self.ioas, env.memfd(PAGE), 0, PAGE, BASE)
+        super().__init__(env, MOCK_FLAGS_DEVICE_NO_DIRTY | MOCK_FLAGS_DEVICE_PASID)
         self.queue = Queue(env, self.fd)
-        flags = MOCK_FLAGS_DEVICE_NO_DIRTY | MOCK_FLAGS_DEVICE_PASID
-        self.stdev, _, self.dev = env.mock(self.fd, self.ioas, flags)
         self.paging = self.hwpt(self.ioas)
-        self.parent = env.hwpt(self.fd, self.dev, self.ioas, NEST)
         self.nested = self.hwpt(self.parent, data=bytes(iommu_hwpt_selftest()))
         self.replace(self.paging)
 
     def hwpt(self, pt, data=b"", queue=None):
         fault = (queue or self.queue).id
-        return self.env.hwpt(self.fd, self.dev, pt, FAULT | PASID, data, fault_id=fault)
+        return self.env.hwpt(self.fd, self.dev, pt, FAULT | FOR_PASIDS, data, fault_id=fault)
 
     def replace(self, pt):
-        return self.env.mock_replace(self.fd, self.stdev, pt)
-
-    def destroy(self, number):
-        return outcome(self.env.destroy, self.fd, number)
+        """None of these is refused."""
+        assert super().replace(pt) is None
 
     def pasid(self, op, pasid, pt=0):
         self.env.pasid(self.fd, op, self.stdev, pasid, pt)
@@ -105,11 +91,8 @@ class Scene:
 
 
 @pytest.fixture
-def scene(machine):
-    before = machine.warnings()
-    with Env(machine) as env:
-        yield Scene(env)
-    assert machine.warnings() == before
+def scene(env):
+    return Faults(env)
 
 
 def test_a_fault_is_read_and_answered(scene):
@@ -344,7 +327,7 @@ def test_faults_of_a_pasid_that_is_not_attached(scene):
 def test_a_pasid_without_a_queue(scene):
     """What a PASID is attached to takes its faults, also where it handles none."""
     scene.replace(scene.nested)
-    plain = scene.env.hwpt(scene.fd, scene.dev, scene.ioas, PASID)
+    plain = scene.env.hwpt(scene.fd, scene.dev, scene.ioas, FOR_PASIDS)
     scene.pasid(IOMMU_TEST_OP_PASID_ATTACH, 5, plain)
     scene.trigger(1, pasid=5)
     assert scene.queue.read() == []

@@ -5,9 +5,10 @@
 """
 
 import pytest
-from conf_env import PAGE, RW, ULONG_MAX, Env, R, W, outcome, uapi
-from conf_machine import device_kinds, open_machine
-from conf_rows import ABSENT, BASE
+from conf_env import PAGE, RW, ULONG_MAX, R, W, outcome, uapi
+from conf_marks import needs_mock
+from conf_rows import BASE
+from conf_scene import Scene
 from conf_selftest import (
     IOMMU_HW_QUEUE_TYPE_SELFTEST,
     IOMMU_TEST_HW_QUEUE_MAX,
@@ -16,25 +17,21 @@ from conf_selftest import (
 
 from iokeep.uapi.errnos import MEANINGS
 
-MACHINE = open_machine()
-pytestmark = pytest.mark.skipif("mock" not in device_kinds(MACHINE), reason="this machine has no mock IOMMU")
+pytestmark = needs_mock
 PAGES = 8
 
 
-class Scene:
+class Queues(Scene):
     """A vIOMMU on an IOAS with PAGES areas of a page, then a page that can be written only, then a hole."""
 
     def __init__(self, env):
-        self.env = env
-        self.fd = env.iommu()
-        self.ioas = env.ioas(self.fd)
-        memfd = env.memfd((PAGES + 1) * PAGE)
+        super().__init__(env)
+        self.viommu = self.make()
+
+    def fill(self):
+        env, memfd = self.env, self.env.memfd((PAGES + 1) * PAGE)
         for n in range(PAGES + 1):
             env.map_file(self.fd, self.ioas, memfd, n * PAGE, PAGE, BASE + n * PAGE, W if n == PAGES else RW)
-        _, _, self.dev = env.mock(self.fd, self.ioas)
-        self.parent = env.hwpt(self.fd, self.dev, self.ioas, uapi.IOMMU_HWPT_ALLOC_NEST_PARENT)
-        self.viommu = self.make()
-        self.names = {"absent": ABSENT, "parent": self.parent, "dev": self.dev}
 
     def make(self):
         fields = {"type": IOMMU_VIOMMU_TYPE_SELFTEST, "dev_id": self.dev, "hwpt_id": self.parent}
@@ -43,25 +40,17 @@ class Scene:
     def queue(self, index=0, iova=BASE, length=PAGE, **fields):
         """Its id, or the errno's name."""
         wanted = {"viommu_id": self.viommu, "type": IOMMU_HW_QUEUE_TYPE_SELFTEST, "index": index, **fields}
-        wanted = {key: self.names.get(given, given) for key, given in wanted.items()}
-        wanted |= {"nesting_parent_iova": iova, "length": length}
+        wanted = {**self.given(wanted), "nesting_parent_iova": iova, "length": length}
         made = outcome(self.env.call, self.fd, "IOMMU_HW_QUEUE_ALLOC", **wanted)
         return made if isinstance(made, str) else made.out_hw_queue_id
-
-    def destroy(self, *numbers):
-        answers = [outcome(self.env.destroy, self.fd, number) for number in numbers]
-        return answers if len(answers) > 1 else answers[0]
 
     def unmap(self, page, pages=1):
         return outcome(self.env.unmap, self.fd, self.ioas, BASE + page * PAGE, pages * PAGE)
 
 
 @pytest.fixture
-def scene(machine):
-    before = machine.warnings()
-    with Env(machine) as env:
-        yield Scene(env)
-    assert machine.warnings() == before
+def scene(env):
+    return Queues(env)
 
 
 END = BASE + PAGES * PAGE

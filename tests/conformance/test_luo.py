@@ -8,12 +8,11 @@ import ctypes
 import os
 
 import pytest
-from conf_env import PAGE, REQUESTS, Env, Extended, luo, outcome
-from conf_machine import open_machine
+from conf_env import PAGE, REQUESTS, Extended, luo, outcome
+from conf_marks import MACHINE
 
 from iokeep.uapi.copy_struct import LIVEUPDATE_IOCTLS
 
-MACHINE = open_machine()
 pytestmark = pytest.mark.skipif(not MACHINE.luo, reason="this machine has no /dev/liveupdate")
 SEAL, SHRINK, GROW, WRITE = 1, 2, 4, 8
 PUNCH = 3
@@ -23,12 +22,9 @@ FINISH, NAME = "LIVEUPDATE_SESSION_FINISH", "LIVEUPDATE_SESSION_GET_NAME"
 
 
 @pytest.fixture
-def env(machine):
-    before = machine.warnings()
-    with Env(machine) as opened:
-        opened.device = opened.open("/dev/liveupdate")
-        yield opened
-    assert machine.warnings() == before
+def env(env):
+    env.device = env.open("/dev/liveupdate")
+    return env
 
 
 def create(env, name):

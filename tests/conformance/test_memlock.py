@@ -4,23 +4,14 @@ accounting, of the kernel's selftest): RLIMIT_MEMLOCK, VmLck, VmPin.
 """
 
 import pytest
-from conf_env import PAGE, RW, Env, uapi
-from conf_machine import open_machine
+from conf_env import PAGE, RW, uapi
+from conf_marks import needs_mock
 from conf_rows import BASE
 
-MACHINE = open_machine()
-pytestmark = pytest.mark.skipif(not MACHINE.mock, reason="this machine has no mock IOMMU")
+pytestmark = needs_mock
 #: pages that a process may lock; IOMMU_OPTION_RLIMIT_MODE: of the user, or of the process itself
 LIMIT = 16
 modes = pytest.mark.parametrize("by_process", [0, 1], ids=["user", "mm"])
-
-
-@pytest.fixture
-def env(machine):
-    before = machine.warnings()
-    with Env(machine) as env:
-        yield env
-    assert machine.warnings() == before
 
 
 @pytest.fixture

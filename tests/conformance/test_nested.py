@@ -5,9 +5,10 @@
 """
 
 import pytest
-from conf_env import PAGE, Env, outcome, uapi
-from conf_machine import device_kinds, open_machine
+from conf_env import FAULT, FOR_PASIDS, NEST, PAGE, TRACKED, outcome, uapi
+from conf_marks import needs_mock
 from conf_rows import ABSENT, BASE, BOGUS
+from conf_scene import Scene
 from conf_selftest import (
     IOMMU_HWPT_DATA_SELFTEST,
     IOMMU_HWPT_INVALIDATE_DATA_SELFTEST,
@@ -21,35 +22,15 @@ from conf_selftest import (
     iommu_hwpt_selftest,
 )
 
-MACHINE = open_machine()
-pytestmark = pytest.mark.skipif("mock" not in device_kinds(MACHINE), reason="this machine has no mock IOMMU")
-NEST, DIRTY, FAULT, PASID = (
-    uapi.IOMMU_HWPT_ALLOC_NEST_PARENT,
-    uapi.IOMMU_HWPT_ALLOC_DIRTY_TRACKING,
-    uapi.IOMMU_HWPT_FAULT_ID_VALID,
-    uapi.IOMMU_HWPT_ALLOC_PASID,
-)
+pytestmark = needs_mock
 DATA = bytes(iommu_hwpt_selftest(iotlb=IOMMU_TEST_IOTLB_DEFAULT))
 FULL = [IOMMU_TEST_IOTLB_DEFAULT] * MOCK_IOTLB_NUM
 ALL = IOMMU_TEST_INVALIDATE_FLAG_ALL
 INVALIDATE = IOMMU_HWPT_INVALIDATE_DATA_SELFTEST
 
 
-class Scene:
-    """A device on an IOAS, a nesting parent, and an HWPT that is none."""
-
-    def __init__(self, env):
-        self.env = env
-        self.fd = env.iommu()
-        self.ioas = env.ioas(self.fd)
-        env.map_file(self.fd, self.ioas, env.memfd(PAGE), 0, PAGE, BASE)
-        self.stdev, self.auto, self.dev = env.mock(self.fd, self.ioas)
-        self.parent = env.hwpt(self.fd, self.dev, self.ioas, NEST)
-        self.plain = env.hwpt(self.fd, self.dev, self.ioas)
-        self.names = {
-            "ioas": self.ioas, "auto": self.auto, "dev": self.dev, "parent": self.parent,
-            "plain": self.plain, "absent": ABSENT, "stdev": self.stdev,
-        }  # fmt: skip
+class Nested(Scene):
+    """Nested HWPTs on the parent."""
 
     def nested(self, flags=0, **fields):
         return self.env.hwpt(self.fd, self.dev, self.parent, flags, DATA, **fields)
@@ -68,26 +49,16 @@ class Scene:
         structs = [iommu_hwpt_invalidate_selftest(*entry) for entry in entries]
         return self.env.invalidate(self.fd, hwpt, data_type, structs, **fields)
 
-    def replace(self, pt):
-        answer = outcome(self.env.mock_replace, self.fd, self.stdev, pt)
-        return answer if isinstance(answer, str) else None
-
-    def destroy(self, number):
-        return outcome(self.env.destroy, self.fd, number)
-
 
 @pytest.fixture
-def scene(machine):
-    before = machine.warnings()
-    with Env(machine) as env:
-        yield Scene(env)
-    assert machine.warnings() == before
+def scene(env):
+    return Nested(env)
 
 
 #: what HWPT_ALLOC with data on a parent answers, in the order of the kernel's checks
 ROWS = [
     ({}, 0),
-    ({"flags": PASID}, 0),
+    ({"flags": FOR_PASIDS}, 0),
     ({"data_len": 4}, 0),
     ({"data_type": uapi.IOMMU_HWPT_DATA_NONE}, "EINVAL"),
     ({"data_len": 0}, "EINVAL"),
@@ -100,7 +71,7 @@ ROWS = [
     ({"data_uptr": 0}, "EFAULT"),
     ({"data_uptr": 8}, "EFAULT"),
     ({"flags": NEST}, "EOPNOTSUPP"),
-    ({"flags": DIRTY}, "EOPNOTSUPP"),
+    ({"flags": TRACKED}, "EOPNOTSUPP"),
     ({"flags": NEST, "pt_id": "plain"}, "EOPNOTSUPP"),
     ({"flags": 1 << 31}, "EOPNOTSUPP"),
     ({"flags": FAULT, "fault_id": "absent"}, "ENOENT"),
@@ -116,20 +87,19 @@ ROWS = [
     # on an IOAS the data is of a paging domain
     ({"pt_id": "ioas"}, 0),
     ({"pt_id": "ioas", "flags": NEST}, 0),
-    ({"pt_id": "ioas", "flags": NEST | PASID}, 0),
+    ({"pt_id": "ioas", "flags": NEST | FOR_PASIDS}, 0),
     ({"pt_id": "ioas", "data_type": BOGUS}, "EOPNOTSUPP"),
     ({"pt_id": "ioas", "data_len": 3}, "EINVAL"),
     ({"pt_id": "ioas", "data_uptr": 0}, "EFAULT"),
     ({"pt_id": "ioas", "flags": ~NEST & 0xFFFFFFFF}, "EOPNOTSUPP"),
     ({"pt_id": "ioas", "flags": NEST | FAULT}, "EOPNOTSUPP"),
-    ({"pt_id": "ioas", "flags": NEST | DIRTY}, "EOPNOTSUPP"),
+    ({"pt_id": "ioas", "flags": NEST | TRACKED}, "EOPNOTSUPP"),
 ]
 
 
 @pytest.mark.parametrize(("fields", "answer"), ROWS, ids=str)
 def test_alloc(scene, fields, answer):
-    wanted = {"flags": 0, "dev_id": "dev", "pt_id": "parent", **fields}
-    wanted = {key: scene.names.get(given, given) for key, given in wanted.items()}
+    wanted = scene.given({"flags": 0, "dev_id": "dev", "pt_id": "parent", **fields})
     dev, pt, flags = (wanted.pop(key) for key in ("dev_id", "pt_id", "flags"))
     got = outcome(scene.env.hwpt, scene.fd, dev, pt, flags, DATA, **wanted)
     assert (got if isinstance(got, str) else 0) == answer
@@ -169,7 +139,7 @@ def test_a_table_that_reaches_further(scene):
 
 def test_a_parent_may_be_made_by_a_device_that_tracks_dirt(scene):
     _, _, dev = scene.env.mock(scene.fd, scene.ioas, 0)
-    assert isinstance(scene.env.hwpt(scene.fd, dev, scene.ioas, NEST | DIRTY), int)
+    assert isinstance(scene.env.hwpt(scene.fd, dev, scene.ioas, NEST | TRACKED), int)
 
 
 def test_the_order_of_destruction(scene):
@@ -303,4 +273,4 @@ def test_what_is_left_goes_with_the_iommufd(scene):
     """Nothing is destroyed here: closing the iommufd finds the order."""
     one = scene.nested()
     assert scene.replace(one) is None
-    scene.nested(PASID)
+    scene.nested(FOR_PASIDS)

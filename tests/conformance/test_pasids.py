@@ -4,9 +4,10 @@ test_vfio.py.
 """
 
 import pytest
-from conf_env import PAGE, Env, outcome, uapi
-from conf_machine import device_kinds, open_machine
-from conf_rows import ABSENT, BASE
+from conf_env import FOR_PASIDS, outcome
+from conf_marks import needs_mock
+from conf_rows import ABSENT
+from conf_scene import Scene
 from conf_selftest import (
     IOMMU_TEST_OP_PASID_ATTACH,
     IOMMU_TEST_OP_PASID_CHECK_HWPT,
@@ -18,8 +19,7 @@ from conf_selftest import (
     iommu_hwpt_selftest,
 )
 
-MACHINE = open_machine()
-pytestmark = pytest.mark.skipif("mock" not in device_kinds(MACHINE), reason="this machine has no mock IOMMU")
+pytestmark = needs_mock
 OPS = {
     "attach": IOMMU_TEST_OP_PASID_ATTACH,
     "replace": IOMMU_TEST_OP_PASID_REPLACE,
@@ -77,27 +77,15 @@ TRACES = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def env(machine):
-    before = machine.warnings()
-    with Env(machine) as opened:
-        yield opened
-    assert machine.warnings() == before
-
-
 def scene(env, flags):
-    fd = env.iommu()
-    names = {"none": 0, "absent": ABSENT, "ioas": env.ioas(fd)}
-    env.map_file(fd, names["ioas"], env.memfd(PAGE), 0, PAGE, BASE)
-    stdev, _, dev = env.mock(fd, names["ioas"], flags)
-    names |= {"dev": dev, "plain": env.hwpt(fd, dev, names["ioas"])}
+    s = Scene(env, flags)
+    names = {**s.names, "none": 0}
     for name in ("a", "b"):
-        names[name] = env.hwpt(fd, dev, names["ioas"], uapi.IOMMU_HWPT_ALLOC_PASID)
-    names["parent"] = env.hwpt(fd, dev, names["ioas"], uapi.IOMMU_HWPT_ALLOC_NEST_PARENT)
-    for name, nested in (("n", uapi.IOMMU_HWPT_ALLOC_PASID), ("m", uapi.IOMMU_HWPT_ALLOC_PASID), ("lone", 0)):
-        names[name] = env.hwpt(fd, dev, names["parent"], nested, bytes(iommu_hwpt_selftest()))
-    env.mock_replace(fd, stdev, names["a"])
-    return fd, stdev, names
+        names[name] = env.hwpt(s.fd, s.dev, s.ioas, FOR_PASIDS)
+    for name, nested in (("n", FOR_PASIDS), ("m", FOR_PASIDS), ("lone", 0)):
+        names[name] = env.hwpt(s.fd, s.dev, s.parent, nested, bytes(iommu_hwpt_selftest()))
+    assert s.replace(names["a"]) is None
+    return s.fd, s.stdev, names
 
 
 @pytest.mark.parametrize("trace", TRACES, ids=lambda trace: "-".join(str(step[0]) for step in trace))

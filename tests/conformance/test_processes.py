@@ -4,26 +4,16 @@ the kernel's selftest, and change_process).
 """
 
 import pytest
-from conf_env import PAGE, RW, Env, R, outcome
-from conf_machine import device_kinds, open_machine
+from conf_env import PAGE, RW, R, outcome
+from conf_marks import kinds, needs_mock
 from conf_rows import BASE
 from conf_selftest import MOCK_ACCESS_RW_SLOW_PATH
 from test_rows import attach
 
-MACHINE = open_machine()
-pytestmark = pytest.mark.skipif(not MACHINE.mock, reason="this machine has no emulated devices")
-kinds = pytest.mark.parametrize("kind", [None, *device_kinds(MACHINE)], ids=lambda kind: kind or "alone")
+pytestmark = needs_mock
 SLOW = MOCK_ACCESS_RW_SLOW_PATH
 AREA = 4 * PAGE
 CONTENT = bytes((i * 7 + i // PAGE) % 251 for i in range(AREA))
-
-
-@pytest.fixture
-def env(machine):
-    before = machine.warnings()
-    with Env(machine) as env:
-        yield env
-    assert machine.warnings() == before
 
 
 class Scene:

@@ -4,23 +4,12 @@
 import ctypes
 
 import pytest
-from conf_env import FIXED, PAGE, RW, Env, Extended, outcome, uapi, vfio
-from conf_machine import device_kinds, open_machine
+from conf_env import FAULT, FIXED, FOR_PASIDS, PAGE, RW, Extended, outcome, vfio
+from conf_marks import MACHINE, needs_vfio
 from conf_rows import ABSENT, BASE
 
-MACHINE = open_machine()
-pytestmark = pytest.mark.skipif(
-    "vfio" not in device_kinds(MACHINE), reason="this machine has no VFIO device file"
-)
+pytestmark = needs_vfio
 MSI_WINDOW = 0xFEE00000
-
-
-@pytest.fixture
-def env(machine):
-    before = machine.warnings()
-    with Env(machine) as opened:
-        yield opened
-    assert machine.warnings() == before
 
 
 def bind(env, fd, iommufd, /, **fields):
@@ -217,7 +206,7 @@ def test_pasids(env, steps, answers):
     fd, iommufd, dev = bound(env)
     ioas = env.ioas(iommufd)
     names = {"ioas": ioas, "absent": ABSENT, "device": dev}
-    made = outcome(env.hwpt, iommufd, dev, ioas, uapi.IOMMU_HWPT_ALLOC_PASID)
+    made = outcome(env.hwpt, iommufd, dev, ioas, FOR_PASIDS)
     if MACHINE.iommu == "amd":  # its driver makes such an HWPT only for a device that has PASIDs
         assert made == "EOPNOTSUPP"
         return
@@ -279,13 +268,13 @@ def test_a_move_that_is_refused_keeps_what_is_reserved(env):
     queue = env.call(iommufd, "IOMMU_FAULT_QUEUE_ALLOC")
     env.owned(queue.out_fault_fd)
     own = env.hwpt(iommufd, dev, ioas)
-    bad = env.hwpt(iommufd, dev, ioas, uapi.IOMMU_HWPT_FAULT_ID_VALID, fault_id=queue.out_fault_id)
+    bad = env.hwpt(iommufd, dev, ioas, FAULT, fault_id=queue.out_fault_id)
     assert [attach(env, fd, own), attach(env, fd, bad)] == [own, "ENODEV"]
     mapped = outcome(env.map_file, iommufd, ioas, env.memfd(PAGE), 0, PAGE, MSI_WINDOW)
     assert mapped == (MSI_WINDOW if MACHINE.name == "kernel" else "EINVAL")
     # within two it keeps them
     other = env.ioas(iommufd)
-    bad = env.hwpt(iommufd, dev, other, uapi.IOMMU_HWPT_FAULT_ID_VALID, fault_id=queue.out_fault_id)
+    bad = env.hwpt(iommufd, dev, other, FAULT, fault_id=queue.out_fault_id)
     assert attach(env, fd, bad) == "ENODEV"
     assert env.map_file(iommufd, other, env.memfd(PAGE), 0, PAGE, MSI_WINDOW) == MSI_WINDOW
 

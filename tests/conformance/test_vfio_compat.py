@@ -7,15 +7,12 @@ import ctypes
 import random
 
 import pytest
-from conf_env import HUGE, PAGE, Env, make, outcome, uapi, vfio
-from conf_machine import device_kinds, open_machine
-from conf_rows import BASE, ULONG_MAX
+from conf_env import HUGE, PAGE, ULONG_MAX, make, outcome, uapi, vfio
+from conf_marks import MACHINE, kinds, needs_mock
+from conf_rows import BASE
 from conf_selftest import MOCK_APERTURE_LAST, MOCK_APERTURE_START
 from test_rows import attach
 
-MACHINE = open_machine()
-KINDS = [None, *device_kinds(MACHINE)]
-kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind or "alone")
 V1, V2 = vfio.VFIO_TYPE1_IOMMU, vfio.VFIO_TYPE1v2_IOMMU
 versions = pytest.mark.parametrize("version", [V1, V2], ids=["v1", "v2"])
 RW = vfio.VFIO_DMA_MAP_FLAG_READ | vfio.VFIO_DMA_MAP_FLAG_WRITE
@@ -67,14 +64,6 @@ class Container:
         raw = argsz.to_bytes(4, "little").ljust(argsz, b"\0")[:room].ljust(room, b"\xaa")
         ctypes.memmove(ctypes.addressof(arg), raw, room)
         return outcome(self.env.sys, self.env.t.ioctl, self.fd, INFO, arg), bytes(arg)
-
-
-@pytest.fixture
-def env(machine):
-    before = machine.warnings()
-    with Env(machine) as env:
-        yield env
-    assert machine.warnings() == before
 
 
 def test_what_there_is(env):
@@ -245,7 +234,7 @@ def test_type_1_cuts(env, kind):
     assert c.unmap(iova=0, size=0, flags=ALL) == (0, 2 * PAGE)
 
 
-@pytest.mark.skipif(not MACHINE.mock, reason="this machine has no emulated devices")
+@needs_mock
 @versions
 def test_what_is_pinned_is_not_cut(env, version):
     """Nor unmapped in parts; as a whole it is, and the pin goes."""

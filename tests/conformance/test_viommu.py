@@ -7,9 +7,9 @@ import ctypes
 import os
 
 import pytest
-from conf_env import PAGE, ULONG_MAX, Env, outcome, uapi
-from conf_machine import device_kinds, open_machine
-from conf_rows import ABSENT, BASE
+from conf_env import FAULT, FOR_PASIDS, NEST, PAGE, TRACKED, ULONG_MAX, outcome, uapi
+from conf_marks import MACHINE, needs_mock, needs_vfio
+from conf_scene import Scene
 from conf_selftest import (
     IOMMU_HWPT_DATA_SELFTEST,
     IOMMU_TEST_DEV_CACHE_DEFAULT,
@@ -30,15 +30,7 @@ from iokeep.iommufd.client import Iommufd, IommufdError
 from iokeep.iommufd.viommu import Event, EventQueue, InvalidationRefused, Viommu, invalidate
 from iokeep.uapi.errnos import MEANINGS
 
-MACHINE = open_machine()
-KINDS = device_kinds(MACHINE)
-pytestmark = pytest.mark.skipif("mock" not in KINDS, reason="this machine has no mock IOMMU")
-NEST, FAULT, PASID, DIRTY = (
-    uapi.IOMMU_HWPT_ALLOC_NEST_PARENT,
-    uapi.IOMMU_HWPT_FAULT_ID_VALID,
-    uapi.IOMMU_HWPT_ALLOC_PASID,
-    uapi.IOMMU_HWPT_ALLOC_DIRTY_TRACKING,
-)
+pytestmark = needs_mock
 DATA = bytes(iommu_hwpt_selftest())
 TYPE, EVENTS = IOMMU_VIOMMU_TYPE_SELFTEST, IOMMU_VEVENTQ_TYPE_SELFTEST
 LOST = uapi.IOMMU_VEVENTQ_FLAG_LOST_EVENTS
@@ -68,24 +60,14 @@ class Events:
         return out
 
 
-class Scene:
-    """A device on an IOAS, a nesting parent with a vIOMMU, and a nested HWPT by that."""
+class Guest(Scene):
+    """The parent has a vIOMMU, and a nested HWPT by that."""
 
     def __init__(self, env):
-        self.env = env
-        self.fd = env.iommu()
-        self.ioas = env.ioas(self.fd)
-        env.map_file(self.fd, self.ioas, env.memfd(PAGE), 0, PAGE, BASE)
-        self.stdev, self.auto, self.dev = env.mock(self.fd, self.ioas)
-        self.parent = env.hwpt(self.fd, self.dev, self.ioas, NEST)
-        self.plain = env.hwpt(self.fd, self.dev, self.ioas)
+        super().__init__(env)
         self.viommu = self.make()
         self.nested = self.hwpt()
-        self.names = {
-            "ioas": self.ioas, "auto": self.auto, "dev": self.dev, "parent": self.parent,
-            "plain": self.plain, "absent": ABSENT, "stdev": self.stdev, "viommu": self.viommu,
-            "nested": self.nested, "buffer": env.buffer(64),
-        }  # fmt: skip
+        self.names |= {"viommu": self.viommu, "nested": self.nested, "buffer": env.buffer(64)}
 
     def make(self, **fields):
         """Another vIOMMU, or the errno's name."""
@@ -129,18 +111,6 @@ class Scene:
         structs = [iommu_viommu_invalidate_selftest(*entry) for entry in entries]
         return self.env.invalidate(self.fd, viommu or self.viommu, data_type, structs, **fields)
 
-    def replace(self, pt):
-        answer = outcome(self.env.mock_replace, self.fd, self.stdev, pt)
-        return answer if isinstance(answer, str) else None
-
-    def destroy(self, *numbers):
-        answers = [outcome(self.env.destroy, self.fd, number) for number in numbers]
-        return answers if len(answers) > 1 else answers[0]
-
-    def given(self, fields):
-        """Fields with names for what they stand for."""
-        return {key: self.names.get(value, value) for key, value in fields.items()}
-
     def vfio(self):
         """Another device, behind another IOMMU."""
         device = self.env.open(MACHINE.vfio[0])
@@ -148,14 +118,9 @@ class Scene:
 
 
 @pytest.fixture
-def scene(machine):
-    before = machine.warnings()
-    with Env(machine) as env:
-        yield Scene(env)
-    assert machine.warnings() == before
+def scene(env):
+    return Guest(env)
 
-
-needs_vfio = pytest.mark.skipif("vfio" not in KINDS, reason="this machine has no VFIO device")
 
 # ---- vIOMMUs
 
@@ -348,10 +313,10 @@ def test_what_is_buried_is_not_empty(scene):
 
 HWPT_ROWS = [
     ({}, 0),
-    ({"flags": PASID}, 0),
+    ({"flags": FOR_PASIDS}, 0),
     ({"data_len": 4}, 0),
     ({"flags": NEST}, "EOPNOTSUPP"),
-    ({"flags": DIRTY}, "EOPNOTSUPP"),
+    ({"flags": TRACKED}, "EOPNOTSUPP"),
     ({"flags": 1 << 31}, "EOPNOTSUPP"),
     ({"data_type": uapi.IOMMU_HWPT_DATA_NONE, "data_len": 0}, "EOPNOTSUPP"),
     ({"data_type": uapi.IOMMU_HWPT_DATA_NONE}, "EINVAL"),
