@@ -74,17 +74,37 @@ def runs(draw):
 @given(want=runs(), key=st.binary(min_size=16, max_size=16))
 def test_definition(page_dict, want, key):
     pages = page_dict(want)
-    assert digest_extents(want, key) == by_definition(pages, key)
+    said = by_definition(pages, key)
     cut = Extents.of([(i, i + 0xFFF, p, q) for i, (p, q) in pages.items()])
-    assert digest_extents(cut, key) == digest_extents(want, key)
-    assert digest_extents(cut.canonical(), key) == digest_extents(want, key)
+    for some in (want, cut, cut.canonical()):
+        assert digest_extents(some, key, compiled=False) == digest_extents(some, key, compiled=True) == said
+
+
+@settings(max_examples=60)
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(1, 2**20), st.integers(1, 2**20), st.integers(0, 2**40), st.integers(1, 3)),
+        min_size=1,
+        max_size=9,
+    ),
+    first=st.integers(0, 2**50),
+)
+def test_compiled_sums_of_large_extents(rows, first):
+    """Across blocks of 1 GiB and folds of 4 GiB of frames."""
+    out = []
+    for gap, count, frame, prot in rows:
+        first += gap
+        out.append((first << 12, ((first + count) << 12) - 1, frame << 12, prot))
+        first += count
+    key, want = b"large-extents-ok", Extents.of(out)
+    assert digest_extents(want, key, compiled=True) == digest_extents(want, key, compiled=False)
 
 
 def test_definition_in_small_batches(page_dict, monkeypatch):
     monkeypatch.setattr(digest_module, "_BATCH", 3)
     rows = [(n << 12, (n << 12) + 0xFFF, (n * 7) << 12, 3) for n in range(0, 2000, 3)]
     want = Extents.of([*rows, (1 << 30, (1 << 30) + (40 << 20) - 1, 2**32 - 2**20, 1)])
-    assert digest_extents(want, bytes(16)) == by_definition(page_dict(want), bytes(16))
+    assert digest_extents(want, bytes(16), compiled=False) == by_definition(page_dict(want), bytes(16))
 
 
 def test_the_same_in_every_cut_into_leaves(new_table, fmt):
@@ -190,19 +210,23 @@ def test_the_expectation_of_a_tebibyte_is_o_of_areas(monkeypatch):
     seen = []
     inner = Digest._pieces
     monkeypatch.setattr(Digest, "_pieces", lambda self, *a: (seen.append(len(a[0])), inner(self, *a)))
-    digest_extents(Extents.of([(1 << 40, (1 << 41) - 1, 1 << 42, 3)]), bytes(16))
+    digest_extents(Extents.of([(1 << 40, (1 << 41) - 1, 1 << 42, 3)]), bytes(16), compiled=False)
     assert sum(seen) == 1024
 
 
-def test_bad_input():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_bad_input(compiled):
     with pytest.raises(ValueError, match="16 bytes"):
         Digest(b"short")
     with pytest.raises(ValueError, match="4096"):
-        digest_extents(Extents.of([(0, 0xFFE, 0, 3)]), bytes(16))
+        digest_extents(Extents.of([(0, 0xFFE, 0, 3)]), bytes(16), compiled=compiled)
     with pytest.raises(ValueError, match="permission"):
-        digest_extents(Extents.of([(0, 0xFFF, 0, 0)]), bytes(16))
+        digest_extents(Extents.of([(0, 0xFFF, 0, 0)]), bytes(16), compiled=compiled)
     with pytest.raises(InputError, match="TiB"):
-        digest_extents(Extents.of([(0, 2**63 - 1, 0, 3)]), bytes(16))
+        digest_extents(Extents.of([(0, 2**63 - 1, 0, 3)]), bytes(16), compiled=compiled)
+    half = [(n << 61, (n << 61) + (10 << 50) - 1, 0, 3) for n in range(2)]
+    with pytest.raises(InputError, match="TiB"):
+        digest_extents(Extents.of(half), bytes(16), compiled=compiled)
     assert digest_extents(Extents.empty(), bytes(16)) == by_definition({}, bytes(16))
 
 

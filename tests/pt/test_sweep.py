@@ -268,13 +268,14 @@ WORDS = {
     "same", "item", "sum_x", "sum_y", "sum_k", "sum_l", "differ", "there", "slot",
     "stop", "begin", "upper", "span", "f", "z", "p", "lo", "hi", "page", "group", "prior", "follows",
     "number", "expect", "g", "factor", "key", "next_iova", "next_pa", "sort", "whole", "outside",
+    "q", "length", "blocks", "plain", "numbered", "numbers", "inner", "mixed", "holes", "to_begin",
 }  # fmt: skip
 COLUMNS = ("iova", "last", "pa", "prot")
 #: kernels that the test below compiles
 NAMES = {
     "_plan", "_runs", "_mixed", "_alike", "_how_many", "_owners", "_count", "_pages", "_ramps", "_frames",
     "_add_up", "read_runs", "read_pages", "write_pages", "compare_pages", "join_runs", "sum_alike",
-    "sum_holed", "weigh",
+    "sum_holed", "weigh", "sum_extents", "in_place", "_order",
 }  # fmt: skip
 
 

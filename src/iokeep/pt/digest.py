@@ -35,6 +35,7 @@ import numpy as np
 
 from iokeep.errors import InputError
 from iokeep.mem.memory import I64
+from iokeep.pt.choice import worth_compiled
 from iokeep.pt.extents import U8, U64, Extents
 
 KEY_BYTES = 16
@@ -48,6 +49,8 @@ _BLOCK = 18
 _BATCH = 1 << 14
 #: more blocks of 1 GiB than these are no real mapping, and would take minutes
 _BLOCK_LIMIT = 1 << 24
+#: so many extents are worth the start of compiled code
+_COMPILED_COLD = 1 << 22
 
 
 def _u(value: int) -> np.uint64:
@@ -99,9 +102,10 @@ class _Keys:
         slot = np.arange(_SLOTS, dtype=np.uint64)
         sums = np.zeros((4, 2, _SLOTS + 1), np.uint64)
         np.cumsum((page, page * slot, table, table * slot), axis=2, out=sums[..., 1:])
-        self._pages, self._pages_by_slot, self._tables, self._tables_by_slot = sums
+        self._pages, self._pages_by_slot, self._tables, self._tables_by_slot = self._below_all = sums
         self._table = np.zeros((2, _SLOTS + 1), np.uint64)  # a run may end with the last slot
         self._table[:, :_SLOTS] = table
+        self._page = page
         self._salt = words[-2:, None]
         self.lanes = tuple(_Lane(page[n], self._table[n], words[n - 2]) for n in (0, 1))
 
@@ -113,6 +117,20 @@ class _Keys:
         numbered = (self._tables_by_slot[:, j] << _u(9)) * whole + before * self._pages_by_slot[:, -1:]
         inner = (j.view(np.uint64) << _u(9)) * pages + self._pages_by_slot[:, i]
         return before * whole + part * pages, numbered + part * inner
+
+    def extents(self, e: Extents) -> tuple[int, int, int]:
+        """X, Y and the number of pages of extents, by compiled code. Errors as of :meth:`Digest.add`."""
+        from iokeep.pt.sum_kernels import NO_PROT, TOO_MANY, UNEVEN, sum_extents
+
+        out = np.zeros(3, np.uint64)
+        keys = self._page, self._table, self._below_all, self._salt.reshape(-1)
+        said = sum_extents(e.iova, e.last, e.pa, e.prot, *keys, _BLOCK_LIMIT, out)
+        if said == TOO_MANY:
+            raise _too_many()
+        if said in (UNEVEN, NO_PROT):
+            raise _uneven() if said == UNEVEN else _no_prot()
+        x, y, pages = out.tolist()
+        return x, y, pages
 
     def runs(self, first: U64, length: U64, word: U64) -> tuple[int, int]:
         """X and Y of pieces within one block each.
@@ -126,6 +144,18 @@ class _Keys:
         total *= _mix((first >> _u(_BLOCK)) ^ self._salt) | _u(1)
         x, y = np.add.reduce(total, axis=1, dtype=np.uint64).tolist()
         return x, y
+
+
+def _uneven() -> ValueError:
+    return ValueError("a run is not a multiple of 4096 bytes")
+
+
+def _no_prot() -> ValueError:
+    return ValueError("a run has no permission")
+
+
+def _too_many() -> InputError:
+    return InputError(f"more than {_BLOCK_LIMIT >> 10} TiB are mapped: this is no mapping of a machine")
 
 
 def fold(n: U64) -> U64:
@@ -160,27 +190,30 @@ class Digest:
         for n, more in enumerate((x, y, pages)):
             self._sums[n] = (self._sums[n] + more) % 2**64
 
-    def add(self, extents: Extents) -> None:
+    def add(self, extents: Extents, *, compiled: bool | None = None) -> None:
         """Count what the extents translate. They are disjoint, in any order and cut.
 
+        :param compiled: by Numba (True), by NumPy alone (False), or by number (None). The result is the same.
         :raises ValueError: not multiples of 4096 bytes, or a prot of nothing.
         :raises InputError: more is mapped than any machine has. Nothing was changed.
         """
-        self.change(*self._sum(extents))
+        self.change(*self._sum(extents, compiled))
 
     def remove(self, extents: Extents) -> None:
         """The opposite of :meth:`add`: of what was counted before, in any cut."""
-        x, y, pages = self._sum(extents)
+        x, y, pages = self._sum(extents, None)
         self.change(-x, -y, -pages)
 
-    def _sum(self, e: Extents) -> tuple[int, int, int]:
+    def _sum(self, e: Extents, compiled: bool | None) -> tuple[int, int, int]:
         if not len(e):
             return 0, 0, 0
+        if worth_compiled(compiled, "sum_kernels", len(e), 1, _COMPILED_COLD):
+            return self._keys.extents(e)
         page = _u(12)
         if bool(((e.iova | e.pa | (e.last + _u(1))) & _u(4095)).any()):
-            raise ValueError("a run is not a multiple of 4096 bytes")
+            raise _uneven()
         if bool(((e.prot == 0) | (e.prot > 3)).any()):
-            raise ValueError("a run has no permission")
+            raise _no_prot()
         first, end, frame = e.iova >> page, e.last >> page, e.pa >> page
         # Where no run crosses a block or a fold, each is one piece.
         cut = ((first ^ end) >> _u(_BLOCK)) | ((frame ^ (frame + (end - first))) >> _u(_FOLD))
@@ -194,9 +227,7 @@ class Digest:
         some = np.flatnonzero(cut)
         blocks = ((end[some] >> _u(_BLOCK)) - (first[some] >> _u(_BLOCK))) + _u(1)
         if len(some) and (int(blocks.max()) > _BLOCK_LIMIT or int(blocks.sum()) > _BLOCK_LIMIT):
-            raise InputError(
-                f"more than {_BLOCK_LIMIT >> 10} TiB are mapped: this is no mapping of a machine"
-            )
+            raise _too_many()
         ends = np.cumsum(blocks).astype(np.int64)
         for lo in range(0, int(ends[-1]) if len(some) else 0, _BATCH):
             nth = np.arange(lo, min(lo + _BATCH, int(ends[-1])))
@@ -246,13 +277,13 @@ class Digest:
         return hashlib.blake2b(data, key=self._key, person=_PERSON, digest_size=DIGEST_BYTES).digest()
 
 
-def digest_extents(extents: Extents, key: bytes) -> bytes:
+def digest_extents(extents: Extents, key: bytes, *, compiled: bool | None = None) -> bytes:
     """The digest of what extents translate.
 
     :param extents: disjoint, in any cut; multiples of 4096 bytes. Where a format has no write-only the caller
-        passes "rw" for "-w" (``diff.normalised``).
+        passes "rw" for "-w" (``diff.normalised``). :param compiled: as for :meth:`Digest.add`.
     :raises ValueError: not multiples of 4096 bytes, or a prot of nothing.
     """
     out = Digest(key)
-    out.add(extents)
+    out.add(extents, compiled=compiled)
     return out.digest()

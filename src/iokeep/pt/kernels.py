@@ -22,6 +22,7 @@ from iokeep.mem.memory import I64, U8, U64
 from iokeep.pt.choice import jit
 
 _ZERO = np.uint64(0)
+_ONE = np.uint64(1)
 _PAGE = np.uint64(12)
 I32 = NDArray[np.int32]
 #: tables lie close together where so many times their memory holds them all
@@ -29,6 +30,10 @@ _CLOSE = 4
 #: bytes of tables that are worth another thread, and the most threads that memory feeds
 _THREAD_BYTES = 128 << 20
 _MOST_THREADS = 4
+# glibc takes memory for an array of 128 KiB or more from the system and gives it back at once, so that each
+# of its pages costs a fault, every time. Where a larger one was given back before, it keeps it (mallopt(3),
+# M_MMAP_THRESHOLD: up to 32 MiB). This one is never touched, so it costs nothing.
+np.empty(31 << 20, np.uint8)
 
 
 def _quiet(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,6 +108,16 @@ def _count(row: I64, low: int, shift: int, counts: I64, place: I64, rows: I64) -
         rows[index] = row[t]
 
 
+@compiled
+def _order(rows: I64) -> tuple[int, int, int]:
+    """How many are less than the one before; the least and the greatest."""
+    down, low, high, before = 0, rows[0], rows[0], rows[0]
+    for row in rows:
+        down += 1 if row < before else 0
+        low, high, before = min(low, row), max(high, row), row
+    return down, low, high
+
+
 def in_memory_order(row: I64, chosen: I64 | None = None) -> tuple[I64, I64]:
     """Positions of ``row`` (all, or those ``chosen``) in the order in which tables lie in memory, and their
     rows.
@@ -114,9 +129,9 @@ def in_memory_order(row: I64, chosen: I64 | None = None) -> tuple[I64, I64]:
     """
     rows = row if chosen is None else row[chosen]
     n = len(rows)
-    if n < 2 or int(np.count_nonzero(rows[1:] < rows[:-1])) * 16 <= n:
+    down, low, high = _order(rows) if n else (0, 0, 0)
+    if down * 16 <= n:
         return np.arange(n) if chosen is None else chosen, rows
-    low, high = int(rows.min()), int(rows.max())
     place, ordered = np.empty(n, np.int64), np.empty(n, np.int64)
     close = high - low < _CLOSE * n and n <= np.iinfo(np.int32).max
     if not close or not _owners(rows, low, np.full(high - low + 1, -1, np.int32), place, ordered):
@@ -132,15 +147,15 @@ def _how_many(items: U64, row: I64, ref: np.uint64, same: np.uint64) -> int:
     n = 0
     for t in range(len(row)):
         table = items[row[t]]
-        count, wrong = 0, _ZERO
+        count, wrong = _ZERO, _ZERO
         for i in range(size):
             word = table[i]
-            if word != _ZERO:
-                count += 1
-                wrong |= (word ^ ref) & same
-        if wrong != _ZERO:
+            there = _ONE if word != _ZERO else _ZERO
+            count += there
+            wrong |= (word ^ ref) & (_ZERO - there)
+        if wrong & same != _ZERO:
             return -1
-        n += count
+        n += int(count)
     return n
 
 
@@ -168,6 +183,21 @@ def _alike(
     for t in range(len(row)):
         table = items[row[t]]
         start, grant = base[t], prot[t]
+        holes, hit = _ZERO, False
+        if n + len(table) <= len(pa):  # no hole and none in the filter, most likely: without a branch
+            i_out, p_out, g_out = iova[n : n + len(table)], pa[n : n + len(table)], grants[n : n + len(table)]
+            for i in range(size):
+                word = table[i]
+                holes |= _ONE if word == _ZERO else _ZERO
+                i_out[i] = start + (i << shift)
+                p_out[i] = (word & pa_mask) << pa_shift
+                g_out[i] = grant
+            if holes == _ZERO:
+                for i in range(size):
+                    hit |= may[(p_out[i] >> _PAGE) & low]
+                if not hit:
+                    n += len(table)
+                    continue
         for i in range(size):
             word = table[i]
             if word != _ZERO:

@@ -200,6 +200,16 @@ def compare_pages(
 
 
 @compiled
+def in_place(place: I64, head: U64, state: U8, all_heads: U64, all_states: U8) -> None:
+    """What was read in the order of memory, put where it belongs. A loop that reads tables would do so
+    slowly: they drive the columns out of the caches.
+    """
+    for t in range(len(place)):
+        all_heads[place[t]] = head[t]
+        all_states[place[t]] = state[t]
+
+
+@compiled
 def join_runs(
     base: U64, head: U64, above: U8, state: U8, grant: U8, masks: U64, iova: U64, last: U64, pa: U64
 ) -> int:
@@ -213,6 +223,18 @@ def join_runs(
     """
     sort, want, pa_mask, pa_shift = masks[0], masks[1], masks[2], masks[3]
     whole, span, outside = masks[4], masks[5], masks[6]
+    # One range, most likely: without a branch.
+    step, begin, to_begin = span + _ONE, base[0], ((head[0] & pa_mask) << pa_shift) & whole
+    wrong, other = _ZERO, False
+    for t in range(np.uint64(len(base))):
+        to = ((head[t] & pa_mask) << pa_shift) & whole
+        wrong |= (base[t] - (begin + t * step)) | (to - (to_begin + t * step))
+        wrong |= ((head[t] ^ want) & sort) | ((to + span) & outside)
+        other |= (state[t] != RUN) | (above[t] != grant[0])
+    end = np.uint64(len(base)) * step - _ONE
+    if wrong == _ZERO and not other and to_begin + end >= to_begin and len(iova) > 0:
+        iova[0], last[0], pa[0] = begin, begin + end, to_begin
+        return 1
     count = 0
     next_iova, next_pa = _ZERO, _ZERO
     for t in range(len(base)):

@@ -13,7 +13,6 @@ code.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -313,7 +312,7 @@ def runs_of(tm: TableMemory, tables: Tables, threads: int | None = None, *, comp
     head, state = np.empty(n, np.uint64), np.empty(n, np.uint8)
     if compiled:
         from iokeep.pt.kernels import in_memory_order, over_threads
-        from iokeep.pt.run_kernels import read_runs
+        from iokeep.pt.run_kernels import in_place, read_runs
 
         place, rows = in_memory_order(tables.row)
 
@@ -322,7 +321,9 @@ def runs_of(tm: TableMemory, tables: Tables, threads: int | None = None, *, comp
 
         over_threads(work, n, tm.fmt.bytes_of(level), threads)
         if rows is not tables.row:
-            head, state = _scattered(place, head, state)
+            read = head, state
+            head, state = np.empty(n, np.uint64), np.empty(n, np.uint8)
+            in_place(place, *read, head, state)
         joined = _all_joined(tm, tables, head, state)
         if joined is not None:
             return joined
@@ -346,18 +347,6 @@ def unread(tables: Tables) -> Runs:
     return Runs(tables.level, np.zeros(n, np.uint8), tables.base, np.zeros(n, np.uint64), mean)
 
 
-def _scattered(place: I64, *columns: NDArray[Any]) -> list[NDArray[Any]]:
-    """Columns in the order of memory, each put where it belongs. A loop that reads tables would do so slowly:
-    they drive the columns out of the caches.
-    """
-    out = []
-    for column in columns:
-        put = np.empty_like(column)
-        put[place] = column
-        out.append(put)
-    return out
-
-
 def _outside(spec: LevelSpec) -> np.uint64:
     """Bits that are set in no pa of a leaf."""
     return np.uint64(~spec.leaf_pa(_MAX) & ~((1 << spec.shift) - 1) & _MAX)
@@ -369,9 +358,8 @@ def _all_joined(tm: TableMemory, tables: Tables, head: U64, state: U8) -> Runs |
 
     level, n = tables.level, len(tables)
     spec = tm.fmt.levels[level]
-    run = state == RUN
-    at = int(run.argmax()) if n else 0
-    if not n or not run[at]:
+    at = int((state == RUN).argmax()) if n and state[0] != RUN else 0
+    if not n or state[at] != RUN:
         return None
     one, grant, sort = head[at : at + 1], tables.above[at : at + 1], _same(spec)
     if spec.contig and _marked(spec, one)[0]:
@@ -392,7 +380,7 @@ def _all_joined(tm: TableMemory, tables: Tables, head: U64, state: U8) -> Runs |
     if count < 0:
         return None
     iova, last, pa = room[:, :count].copy()
-    mean_of = _means_of(run.astype(np.int16), [_NOTHING, mean])
+    mean_of = _means_of((state == RUN).astype(np.int16), [_NOTHING, mean])
     return Runs(level, state, tables.base, head, mean_of, (iova, last, pa))
 
 

@@ -469,7 +469,7 @@ def proved(
 
 def _put(out: U8, place: I64, found: U8) -> None:
     """out[place] = found: each table's result at its place. Mostly all are the same, and ``place`` is all."""
-    if len(found) == len(out) and bool(found.all()):
+    if len(found) == len(out) and bool(found.view(np.bool_).all()):
         out.fill(1)
     else:
         out[place] = found

@@ -34,19 +34,6 @@ def digest(
     :param threads: of the compiled sums; None = as ``kernels.thread_count`` says.
     :raises MemoryAbsent, InputError: a table is absent or in a loop.
     """
-    return digest_of(fmt, mem, root_pa, key, compiled=compiled, threads=threads).digest()
-
-
-def digest_of(
-    fmt: Format,
-    mem: Memory,
-    root_pa: int,
-    key: bytes,
-    *,
-    compiled: bool | None = None,
-    threads: int | None = None,
-) -> Digest:
-    """:func:`digest`, to go on with."""
     out = Digest(key)
     tm = TableMemory(fmt, mem)
     large = LargeRuns(tm, compiled, threads)
@@ -66,17 +53,17 @@ def digest_of(
         if runs.readable(tm):
             if not blocks or runs.likely(tm, tables):  # a table that is one run costs no sum
                 read = runs.runs_of(tm, tables, threads, compiled=compiled)
-                out.add(read.extents(spec))
+                out.add(read.extents(spec), compiled=compiled)
                 left = np.flatnonzero(read.state == OTHER)
             if blocks and len(left):
                 left = sums.add_tables(out, tm, upper, left, threads, compiled=compiled)
     parts = (upper.base[left], upper.pa[left], upper.row[left], upper.prot[left])
     if blocks and fmt.in_words:
         _add_words(out, tm, parts[0], parts[2], parts[3])
-        return out
+        return out.digest()
     for items, _ in expand(tm, *parts):
         out.add(_living(Leaves.of(fmt, items)))
-    return out
+    return out.digest()
 
 
 def _living(leaves: Leaves) -> Extents:

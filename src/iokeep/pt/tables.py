@@ -495,6 +495,8 @@ Alike = Callable[
 Known = Callable[[Tables], NDArray[np.bool_]]
 #: bits of a page number that a filter of pages knows
 _FILTER = 16
+#: so few values are searched for sooner than a filter is made
+_FEW = 1 << 10
 
 
 def _filter_of(pages: U64) -> NDArray[np.bool_]:
@@ -669,15 +671,15 @@ def descend(
     same_items: list[int] = []
     limit = tm.capacity + SHARED_LIMIT
     for level in range(fmt.top_level, 0, -1):
-        above, fresh = (base, pa, prot, row), False
-        quick, hits = None, None
+        above = base, pa, prot, row
+        quick, hits, one_unit = None, None, False
         if alike is not None and whole and not waiting[level - 1]:
             quick = _all_below(tm, level, root_pa, above, alike, seen, limit)
         if quick is not None:
             base, pa, prot, hits = quick
             same_items.append(level)
             # Where no table is of several units, those that may have served before are known.
-            fresh = fmt.bytes_of(level - 1) <= min(fmt.bytes_of(n) for n in range(fmt.top_level))
+            one_unit = fmt.bytes_of(level - 1) <= min(fmt.bytes_of(n) for n in range(fmt.top_level))
             item = at = source = None
         else:
             if known is not None and whole and not problems:
@@ -690,12 +692,8 @@ def descend(
         row = tm.index(level - 1, pa)
         # A page that serves at two levels is a loop.
         loop, absent = np.zeros(0, np.bool_), row < 0
-        if fresh and hits is not None and not absent.any():
-            if len(hits) and bool(_among(units_of(tm, level - 1, pa[hits]), seen).any()):
-                fresh = False
-        else:
-            fresh = False
-        if not fresh:
+        fresh = hits is not None and one_unit and not absent.any()
+        if not fresh or hits is None or bool(_among(units_of(tm, level - 1, pa[hits]), seen).any()):
             units = units_of(tm, level - 1, pa)
             loop = _among(units, seen)
             if len(units) != len(pa):
@@ -727,7 +725,8 @@ def descend(
         pages.append(pa)
         bases.append(base)
         prots.append(prot)
-        seen = unique(seen, units_of(tm, level - 1, pa)) if level > 1 else seen
+        if level > 1:
+            seen = np.sort(np.concatenate((seen, units_of(tm, level - 1, pa))))
     if fmt.top_level == 0:  # a tree of one table: the root is level 0
         tm.root(root_pa)
         row = tm.index(0, pa)
@@ -756,13 +755,19 @@ def _among(values: U64, known: U64) -> NDArray[np.bool_]:
     """Which values are among the sorted ``known``. Most are not, and a small table of page numbers' low bits
     says so without a search.
     """
+    if len(values) <= _FEW:
+        return _searched(values, known)
     low = np.uint64((1 << _FILTER) - 1)
     out = np.take(_filter_of(known), ((values >> np.uint64(12)) & low).view(np.int64), mode="clip")
     some = np.flatnonzero(out)
     if len(some):
-        place = np.minimum(np.searchsorted(known, values[some]), len(known) - 1)
-        out[some] = known[place] == values[some]
+        out[some] = _searched(values[some], known)
     return out
+
+
+def _searched(values: U64, known: U64) -> NDArray[np.bool_]:
+    place = np.minimum(np.searchsorted(known, values), len(known) - 1)
+    return np.asarray(known[place] == values, np.bool_)
 
 
 def units_of(tm: TableMemory, level: int, pas: U64) -> U64:

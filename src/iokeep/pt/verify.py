@@ -374,9 +374,9 @@ def _applies(way: Way, want: Expectation) -> bool:
 def _other_ways(tm: TableMemory, tables: Tables, e: Extents, done: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """``done``, and what of the rest can be proved in another way than by single items."""
     spec = tm.fmt.levels[tables.level]
-    left = np.flatnonzero(~done)
-    if not len(left) or not (spec.contig or spec.w_values):
+    if not (spec.contig or spec.w_values) or bool(done.all()):
         return done
+    left = np.flatnonzero(~done)
     rest = tables.take(left)
     want = Expectation(tm.fmt, _touched(e, rest.base, spec), tables.level)
     done[left] = _proved(tm, rest, want, TRIES[1:])
@@ -461,10 +461,12 @@ def _fill(wanted: U64, mixed: I64, base: U64, a: I64, b: I64, want: Expectation)
 
 
 def merged(base: U64, span: int) -> tuple[U64, U64]:
-    """Maximal closed ranges of sorted blocks of ``span`` bytes."""
+    """Maximal closed ranges of sorted, disjoint blocks of ``span`` bytes."""
     if not len(base):
         return base, base
     step = np.uint64(span)
+    if int(base[-1]) - int(base[0]) == (len(base) - 1) * span:  # without a hole, as most are
+        return base[:1], base[-1:] + (step - np.uint64(1))
     first = np.flatnonzero(np.concatenate((np.ones(1, np.bool_), base[1:] != base[:-1] + step)))
     end = np.concatenate((first[1:] - 1, np.array([len(base) - 1])))
     return base[first], base[end] + (step - np.uint64(1))
