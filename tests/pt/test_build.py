@@ -99,6 +99,36 @@ def test_small_and_large_maps_write_the_same_items(formats, new_table, data, wan
         assert getattr(a, name).tolist() == getattr(b, name).tolist()
 
 
+@settings(max_examples=60)
+@given(
+    data=st.data(),
+    first=st.integers(0, 2**20),
+    pages=st.integers(1024, 9000),
+    frame=st.integers(0, 2**20),
+    prot=st.integers(1, 3),
+    seed=st.integers(0, 3),
+)
+def test_a_long_run_of_pages_compiled(formats, new_table, data, first, pages, frame, prot, seed):
+    """One extent of single pages, from any item of a table to any other, some of them under tables that are
+    there: the bytes are those that NumPy writes.
+    """
+    fmt = data.draw(st.sampled_from([f for f in formats if f.levels[0].lg2s]))
+    shift, near = fmt.levels[0].shift, data.draw(st.sampled_from([None, -3, -700, 1, 5000, 1 << 19]))
+    want = Extents.of([(first << shift, ((first + pages) << shift) - 1, frame << shift, prot)])
+    tables = []
+    for compiled in (False, True):
+        built = new_table(fmt, size=8 << 20, seed=seed)
+        if near is not None and first + near >= 0:
+            at = first + (near if near < 1 else near + pages) << shift
+            built.table.map(Extents.of([(at, at + (1 << shift) - 1, 1 << 30, 3)]), max_lg2=shift)
+        built.table.map(want, max_lg2=shift, compiled=compiled, threads=2)
+        tables.append(built)
+    one, other = tables
+    assert one.given == other.given
+    assert one.ram.bytes.tobytes() == other.ram.bytes.tobytes()
+    assert verify(*other.args, other.table.leaves().extents(), compiled=False).equal
+
+
 def test_items_are_the_kernels(new_table, formats):
     for fmt, table, leaf_rw, leaf_r, large in (
         (formats[1], 0x403, 0x3, 0x1, 0x83),

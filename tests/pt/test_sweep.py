@@ -275,7 +275,7 @@ COLUMNS = ("iova", "last", "pa", "prot")
 NAMES = {
     "_plan", "_runs", "_mixed", "_alike", "_how_many", "_owners", "_count", "_pages", "_ramps", "_frames",
     "_add_up", "read_runs", "read_pages", "write_pages", "compare_pages", "join_runs", "sum_alike",
-    "sum_holed", "weigh", "sum_extents", "in_place", "_order",
+    "sum_holed", "weigh", "sum_extents", "in_place", "_order", "_run", "link",
 }  # fmt: skip
 
 
@@ -291,7 +291,11 @@ def test_no_signed_word_and_no_float(new_table):
     built.table.map(want, max_lg2=12, compiled=True)
     pages = [(n << 12, (n << 12) + 4095, n << 12, 3) for n in range(1 << 20, (1 << 20) + 1500)]
     built.table.map(Extents.of(pages), compiled=True)
-    want = Extents(*(np.concatenate([getattr(e, c) for e in (want, Extents.of(pages))]) for c in COLUMNS))
+    run = Extents.of([(1 << 36, (1 << 36) + (1500 << 12) - 1, 0, 3)])
+    built.table.map(run, max_lg2=12, compiled=True)
+    want = Extents(
+        *(np.concatenate([getattr(e, c) for e in (want, Extents.of(pages), run)]) for c in COLUMNS)
+    )
     assert verify(*built.args, want, compiled=True).equal
     built.table.map_frames(1 << 38, np.arange(1500, dtype=np.uint64) << np.uint64(12), 3, compiled=True)
     kernels.in_memory_order(np.arange(9)[::-1].copy())

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from iokeep.errors import MemoryAbsent
 from iokeep.mem.arrays import unique
 from iokeep.mem.memory import I64, U8, U64, Rows, WritableMemory
-from iokeep.pt.choice import worth_compiled
+from iokeep.pt.choice import loaded, worth_compiled
 from iokeep.pt.extents import Extents
 from iokeep.pt.formats.base import Contig, Format
 from iokeep.pt.leaves import Leaves, leaf_items, raw_ranges
@@ -54,11 +54,15 @@ class AlreadyMapped(ValueError):
 
 @dataclass(slots=True)
 class _Needed:
-    """Tables of one level that a map goes through: sorted keys, pas and rows (-1: to be allocated)."""
+    """Tables of one level that a map goes through: sorted keys, pas and rows (-1: to be allocated); the
+    position of the table above each, and the item there that points to it.
+    """
 
     key: U64
     pa: U64
     row: I64
+    above: I64
+    index: I64
 
 
 class Table:
@@ -214,7 +218,8 @@ class Table:
             self._map_small([run for row in zip(*columns, strict=True) for run in self._runs(*row, max_lg2)])
         else:
             runs = choose_leaves(self.fmt, iova, length, extents.pa, extents.prot, max_lg2)
-            self._map_arrays(runs, compiled, threads)
+            if not self._map_run(runs, compiled, threads):
+                self._map_arrays(runs, compiled, threads)
 
     def _compiled(self, items: int, asked: bool | None, cold: int = COMPILED_COLD) -> bool:
         """Whether so many items of level 0 are written by compiled code: as asked, or where it is faster.
@@ -257,6 +262,24 @@ class Table:
         begin = np.uint64(iova) + (np.arange(n, dtype=np.uint64) << np.uint64(spec.shift))
         last = begin + np.uint64(size - 1)
         self.map(Extents(begin, last, pas, np.full(n, prot, np.uint8)), spec.shift, compiled=compiled)
+
+    def _map_run(self, runs: list[Runs], compiled: bool | None, threads: int | None) -> bool:
+        """Map one run of single pages into new tables, as most of a guest's memory is. False = they are
+        something else; nothing was changed.
+        """
+        one = runs[0]
+        if len(runs) > 1 or len(one.iova) > 1 or one.level or one.contig is not None:
+            return False
+        n, iova, pa, prot = int(one.count[0]), int(one.iova[0]), int(one.pa[0]), int(one.prot[0])
+        if not self._compiled(n, compiled):
+            return False
+        from iokeep.pt import fill
+
+        def write(words: U64, row: I64) -> bool:
+            fill.run(self.fmt, words, row, iova, pa, n, prot, threads)
+            return True
+
+        return self._map_new(iova, n, write)
 
     def _map_pages(self, e: Extents, threads: int | None) -> bool:
         """Map single pages of neighbouring IOVAs into new tables, checked as they are written. False = they
@@ -485,7 +508,10 @@ class Table:
                     given = _tables(fmt, level, len(new), self._alloc)
                 rows = self._rows(level, given)
                 self._clear(level, rows)
-                at.pa[new], at.row[new] = given, rows
+                if len(new) == len(at.pa):
+                    at.pa, at.row = given, rows
+                else:
+                    at.pa[new], at.row[new] = given, rows
         return missing
 
     def _link(self, needed: list[_Needed], missing: list[NDArray[np.intp]]) -> None:
@@ -495,9 +521,20 @@ class Table:
         for level, new in enumerate(missing[:-1]):
             if len(new):
                 at = needed[level]
-                key, pa = (at.key, at.pa) if len(new) == len(at.key) else (at.key[new], at.pa[new])
-                parent, index = _above(key, needed[level + 1], fmt.levels[level + 1].index_bits)
-                self._words[level + 1][parent, index] = fmt.table_items(level + 1, pa)
+                above, index, pa = at.above, at.index, at.pa
+                if len(new) != len(pa):
+                    above, index, pa = above[new], index[new], pa[new]
+                words, row, made = (
+                    self._words[level + 1],
+                    needed[level + 1].row,
+                    fmt.table_items(level + 1, pa),
+                )
+                if loaded("fill") and words.dtype == made.dtype:
+                    from iokeep.pt import fill
+
+                    fill.link(words, row, above, index, made)
+                else:
+                    words.reshape(-1)[row[above] * fmt.levels[level + 1].items + index] = made
 
     def _needed(self, keys: list[U64]) -> list[_Needed]:
         """Tables of every level on the way to those with the sorted ``keys``, per level.
@@ -506,15 +543,19 @@ class Table:
         """
         fmt = self.fmt
         for level in range(fmt.top_level):
-            up = keys[level] >> np.uint64(fmt.levels[level + 1].index_bits)
-            up = up[firsts(up)]
+            up = _shifted(keys[level], fmt.levels[level + 1].index_bits)
             keys[level + 1] = unique(keys[level + 1], up) if len(keys[level + 1]) else up
         root = np.array([self.root_pa], np.uint64)
-        out = [_Needed(np.zeros(1, np.uint64), root, self._rows(fmt.top_level, root))]
+        none = np.zeros(1, np.int64)
+        out = [_Needed(np.zeros(1, np.uint64), root, self._rows(fmt.top_level, root), none, none)]
         for level in range(fmt.top_level - 1, -1, -1):
             above, key = out[0], keys[level]
-            parent, index = _above(key, above, fmt.levels[level + 1].index_bits)
+            of, index = _above(key, above.key, fmt.levels[level + 1].index_bits)
             pa, row = np.zeros(len(key), np.uint64), np.full(len(key), -1, np.int64)
+            if bool((above.row < 0).all()):
+                out.insert(0, _Needed(key, pa, row, of, index))
+                continue
+            parent = above.row[of]
             linked = np.flatnonzero(parent >= 0)
             item = self._load(level + 1, parent[linked], index[linked])
             there = (item & np.uint64(self._occupied[level + 1])) != 0
@@ -527,7 +568,7 @@ class Table:
                 )
             pa[linked] = self._below(level + 1, item)
             row[linked] = self._rows(level, pa[linked])
-            out.insert(0, _Needed(key, pa, row))
+            out.insert(0, _Needed(key, pa, row, of, index))
         return out
 
     def _check_free(self, seg: Segments, needed: _Needed) -> list[tuple[int, U64]]:
@@ -563,7 +604,7 @@ class Table:
             every = len(full) == len(seg.count)
             some: NDArray[np.intp] | slice = slice(None) if every else full
             first = self._leaf_words(seg.level, seg.contig, seg.pa[some], seg.prot[some])
-            place = rows[seg.table[some]]
+            place = rows if every and len(rows) == len(seg.table) else rows[seg.table[some]]
             if fast:
                 from iokeep.pt import fill
 
@@ -800,13 +841,29 @@ class Table:
         self._give_back([(top - n, unique(pas)) for n, pas in enumerate(upper.pages) if len(pas)])
 
 
-def _above(key: U64, above: _Needed, bits: int) -> tuple[I64, I64]:
-    """Row of the table above each of the tables with sorted ``key``, and the item there that points to it."""
+def _in_line(values: U64) -> bool:
+    """Sorted, different ``values`` have no gap."""
+    return len(values) > 0 and int(values[-1]) - int(values[0]) == len(values) - 1
+
+
+def _shifted(key: U64, bits: int) -> U64:
+    """The different values of the sorted ``key`` without their low bits."""
+    if _in_line(key):
+        return np.arange(int(key[0]) >> bits, (int(key[-1]) >> bits) + 1, dtype=np.uint64)
     up = key >> np.uint64(bits)
+    return up[firsts(up)]
+
+
+def _above(key: U64, above: U64, bits: int) -> tuple[I64, I64]:
+    """Position among the sorted keys ``above`` of the table above each of the tables with sorted ``key``, and
+    the item there that points to it.
+    """
+    up, index = key >> np.uint64(bits), (key & np.uint64((1 << bits) - 1)).view(np.int64)
+    if _in_line(above):
+        return (up - above[0]).view(np.int64), index
     first = firsts(up)
-    row = above.row[np.searchsorted(above.key, up[first])]
     count = np.diff(first, append=len(up))
-    return np.repeat(row, count), (key & np.uint64((1 << bits) - 1)).view(np.int64)
+    return np.repeat(np.searchsorted(above, up[first]), count), index
 
 
 #: level, contiguous entry, raw iova, items, pa, prot

@@ -35,7 +35,7 @@ import numpy as np
 
 from iokeep.errors import InputError
 from iokeep.mem.memory import I64
-from iokeep.pt.choice import worth_compiled
+from iokeep.pt.choice import loaded, worth_compiled
 from iokeep.pt.extents import U8, U64, Extents
 
 KEY_BYTES = 16
@@ -49,8 +49,8 @@ _BLOCK = 18
 _BATCH = 1 << 14
 #: more blocks of 1 GiB than these are no real mapping, and would take minutes
 _BLOCK_LIMIT = 1 << 24
-#: so many extents are worth the start of compiled code
-_COMPILED_COLD = 1 << 22
+#: so many extents are worth the start of compiled code, and its loading where Numba has started already
+_COMPILED_COLD, _COMPILED_NEAR = 1 << 22, 1 << 17
 
 
 def _u(value: int) -> np.uint64:
@@ -207,7 +207,8 @@ class Digest:
     def _sum(self, e: Extents, compiled: bool | None) -> tuple[int, int, int]:
         if not len(e):
             return 0, 0, 0
-        if worth_compiled(compiled, "sum_kernels", len(e), 1, _COMPILED_COLD):
+        cold = _COMPILED_NEAR if loaded("kernels") else _COMPILED_COLD
+        if worth_compiled(compiled, "sum_kernels", len(e), 1, cold):
             return self._keys.extents(e)
         page = _u(12)
         if bool(((e.iova | e.pa | (e.last + _u(1))) & _u(4095)).any()):

@@ -33,6 +33,34 @@ def _ramps(words: U64, row: I64, first: U64, ramp: U64) -> None:
 
 
 @compiled
+def link(words: U64, row: I64, above: I64, index: I64, items: U64) -> None:
+    """Item index[k] of the table in row[above[k]] becomes items[k]. :param words: uint64[rows, items]."""
+    for k in range(len(items)):
+        words[row[above[k]]][index[k]] = items[k]
+
+
+@compiled
+def _run(words: U64, row: I64, place: I64, head: np.uint64, ramp: U64, ends: I64) -> None:
+    """Tables of one run: item i of the table at ``place[k]`` of them is ``head`` + what the tables before it
+    rise + ramp[i].
+
+    :param ends: number of the last table; first item in the first; the one after the last, in the last.
+    """
+    final, opens, closes = ends[0], ends[1], ends[2]
+    size = np.uint64(words.shape[1])
+    rise = ramp[_ONE] * size
+    room = np.empty(words.shape[1], np.uint64)
+    for k in range(len(row)):
+        word = head + np.uint64(place[k]) * rise
+        for i in range(size):
+            room[i] = word + ramp[i]
+        low = opens if place[k] == 0 else 0
+        high = closes if place[k] == final else len(room)
+        stream(words[row[k]][low:high], room[low:high])
+    done()
+
+
+@compiled
 def _pages(
     words: U64, row: I64, opens: I64, closes: I64, extent: I64, start: U64, e: tuple[U64, ...], masks: U64
 ) -> bool:
@@ -105,6 +133,28 @@ def ramps(
 
     def work(a: int, b: int) -> None:
         _ramps(words, rows[a:b], heads[a:b], ramp)
+
+    over_threads(work, len(rows), fmt.table_bytes, threads)
+
+
+def run(
+    fmt: Format, words: U64, row: I64, iova: int, pa: int, n: int, prot: int, threads: int | None = None
+) -> None:
+    """Write ``n`` single pages that follow each other, in IOVA and in pa, into fresh tables of level 0.
+
+    :param row: of the tables, in order of IOVA.
+    """
+    spec = fmt.levels[0]
+    step = (1 << spec.shift) >> spec.pa_shift
+    begin = (iova >> spec.shift) & (spec.items - 1)
+    ends = np.array([len(row) - 1, begin, begin + n - (len(row) - 1) * spec.items])
+    first = int(fmt.leaf_items(0, np.array([pa], np.uint64), np.array([prot], np.uint8))[0])
+    head = np.uint64((first - begin * step) & _MAX)
+    place, rows = in_memory_order(row)
+    ramp = np.arange(spec.items, dtype=np.uint64) * np.uint64(step)
+
+    def work(a: int, b: int) -> None:
+        _run(words, rows[a:b], place[a:b], head, ramp, ends)
 
     over_threads(work, len(rows), fmt.table_bytes, threads)
 

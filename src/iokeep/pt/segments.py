@@ -127,6 +127,17 @@ def cut(fmt: Format, runs: Runs) -> Segments:
     last_key = (start + runs.count.view(np.uint64) - one) >> bits
     index = (start & np.uint64(spec.items - 1)).view(np.int64)
     pa, prot, count = runs.pa, runs.prot, runs.count
+    if len(key) == 1:  # as a large map mostly is: each column is a ramp
+        total = int(last_key[0] - key[0]) + 1
+        key = key[0] + np.arange(total, dtype=np.uint64)
+        skip, index, count = int(index[0]), np.zeros(total, np.int64), np.full(total, spec.items)
+        index[0], count[0] = skip, spec.items - skip
+        count[-1] -= (total << spec.index_bits) - skip - int(runs.count[0])
+        pa = pa[0] + (np.arange(total, dtype=np.uint64) << (bits + shift)) - (np.uint64(skip) << shift)
+        pa[0] = runs.pa[0]
+        return Segments(
+            runs.level, runs.contig, key, index, count, pa, np.full(total, prot[0]), key, np.arange(total)
+        )
     if bool((last_key != key).any()):
         parts = (last_key - key).astype(np.int64) + 1
         after = np.cumsum(parts)
