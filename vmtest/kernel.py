@@ -3,7 +3,8 @@
 
 The cache is ``${XDG_CACHE_HOME:-~/.cache}/iokeep/vmtest/<version>-<hash of the options>/`` with ``bzImage``,
 ``config``, ``selftests/`` and ``build.log``. A build that is there is used as it is, with no network;
-``IOKEEP_VM_REFRESH=1`` asks the mirror for a newer version first.
+``IOKEEP_VM_REFRESH=1`` asks the mirror for a newer version first. ``source-<version>/`` beside it is what
+``iokeep bench run --kernel-source`` takes; ``python -m vmtest source`` says where, and fetches it if need be.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +38,8 @@ TOOLS = {
     "/usr/include/libelf.h": "libelf-dev",  # objtool
     "/usr/include/sys/capability.h": "libcap-dev",  # the kernel's selftests
 }
+#: what is kept of the source
+PARTS = ("COPYING", "Makefile", "drivers/iommu", "include")
 #: the kernel's own tests of what we use: directory -> sources, each with what it is linked with
 SELFTESTS = {
     "iommu": {"iommufd": ["-lcap"], "iommufd_fail_nth": ["-lcap"]},
@@ -100,44 +105,95 @@ def kernel() -> Kernel:
     found = _built()
     if found and not os.environ.get("IOKEEP_VM_REFRESH"):
         return found[-1]
-    cache().mkdir(parents=True, exist_ok=True)
-    with (cache() / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be at it
+    with _locked():
         found = _built()
         if found and not os.environ.get("IOKEEP_VM_REFRESH"):
             return found[-1]
         return _fetch_and_build()
 
 
-def _fetch_and_build() -> Kernel:
-    need(TOOLS)
+@contextmanager
+def _locked() -> Iterator[None]:
+    """Another run may be at it."""
+    cache().mkdir(parents=True, exist_ok=True)
+    with (cache() / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _sources() -> list[Path]:
+    found = [path for path in cache().glob("source-*") if path.suffix != ".part"]
+    return sorted(found, key=lambda path: path.stat().st_mtime)
+
+
+@functools.cache
+def source() -> Path:
+    """What ``iokeep bench run --kernel-source`` takes of a kernel's source, from the cache or fetched now.
+
+    :raises Missing: as :func:`kernel`.
+    """
+    with _locked():
+        found = _sources()
+        if found and not os.environ.get("IOKEEP_VM_REFRESH"):
+            return found[-1]
+        need({"xz": TOOLS["xz"]})
+        name, version, apt = _newest()
+        kept = cache() / f"source-{version}"
+        if not kept.exists():
+            with _fetched(apt, name, version, PARTS) as tree:
+                _keep(tree, kept)
+        return kept
+
+
+def _keep(tree: Path, kept: Path) -> None:
+    part = kept.with_name(kept.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    for name in PARTS:
+        (part / name).parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if (tree / name).is_dir() else shutil.copy
+        copy(tree / name, part / name)
+    part.rename(kept)
+
+
+def _newest() -> tuple[str, str, PrivateApt]:
     say("looking for the newest linux-source")
     apt = PrivateApt(cache() / "apt")
-    name, version = apt.newest(r"linux-source-[0-9.]+")
-    done = Kernel(cache() / f"{version}-{_key()}")
-    if done.image.exists():
-        return done
+    return *apt.newest(r"linux-source-[0-9.]+"), apt
+
+
+@contextmanager
+def _fetched(apt: PrivateApt, name: str, version: str, parts: Sequence[str] = ()) -> Iterator[Path]:
+    """The unpacked source, while the context lasts. :param parts: without them all of it."""
     work = cache() / "build"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     say(f"fetching {name} {version}")
     package = apt.download(name, version, work)
     say("unpacking")
-    tree = _unpack(package, name, work)
-    package.unlink()
-    apt.clean()
-    build(tree, done)
-    shutil.rmtree(work)
-    return done
-
-
-def _unpack(package: Path, name: str, work: Path) -> Path:
+    members = " ".join(f"{name}/{part}" for part in parts)
     script = (
         f"dpkg-deb --fsys-tarfile {package} | tar -xO ./usr/src/{name}.tar.xz | xz -dc -T0 | "
-        f"tar -x -C {work} --exclude={name}/drivers/gpu/drm/amd/include"
+        f"tar -x -C {work} --exclude={name}/drivers/gpu/drm/amd/include {members}"
     )
     subprocess.run(["bash", "-o", "pipefail", "-c", script], check=True)
-    return work / name
+    package.unlink()
+    apt.clean()
+    yield work / name
+    shutil.rmtree(work)
+
+
+def _fetch_and_build() -> Kernel:
+    need(TOOLS)
+    name, version, apt = _newest()
+    done = Kernel(cache() / f"{version}-{_key()}")
+    if done.image.exists():
+        return done
+    with _fetched(apt, name, version) as tree:
+        kept = cache() / f"source-{version}"
+        if not kept.exists():
+            _keep(tree, kept)
+        build(tree, done)
+    return done
 
 
 def build(tree: Path, done: Kernel) -> None:

@@ -103,6 +103,25 @@ def test_the_cache_goes_by_options_not_by_remarks(tmp_path: Path, monkeypatch: p
         assert (kernel._key() == key) == same
 
 
+def test_of_the_source_its_parts_are_kept_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "cache", lambda: tmp_path)
+    for name in (
+        "Makefile",
+        "COPYING",
+        "drivers/iommu/iommu.c",
+        "drivers/ata/ahci.c",
+        "include/linux/iommu.h",
+    ):
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tree" / name).write_text(name)
+    (tmp_path / "source-1.part/drivers/net").mkdir(parents=True)  # of a run that was cut off
+    assert kernel._sources() == []
+    kernel._keep(tmp_path / "tree", tmp_path / "source-1")
+    (kept,) = kernel._sources()
+    files = {path.relative_to(kept).as_posix() for path in kept.rglob("*") if path.is_file()}
+    assert files == {"Makefile", "COPYING", "drivers/iommu/iommu.c", "include/linux/iommu.h"}
+
+
 @pytest.fixture(scope="module")
 def bare() -> tuple[Path, int | None, str]:
     """A machine with all switched off that a live update needs, and a program that fails: the run's

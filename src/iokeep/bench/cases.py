@@ -44,6 +44,7 @@ METHODS = {
     "numpy": "the engine by NumPy alone",
     "c_walk": "C that walks from the root for each page",
     "c_table": "C that compares table by table",
+    "iova_to_phys": "the kernel's own, called for each page (--kernel-source)",
     "warm": "rebuild into memory that was touched before",
     "fresh": "rebuild into memory that the kernel has to clear first",
     "diff": "rebuild, and the two tables compared with each other",

@@ -67,21 +67,26 @@ def can_read(fmt: Format) -> bool:
     )  # fmt: skip
 
 
+def compiler() -> str | None:
+    """The C compiler, if there is one."""
+    return next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+
+
 def compile_peers() -> Peers | str:
     """The peers, or why there are none."""
-    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
-    if compiler is None:
+    command = compiler()
+    if command is None:
         return "no C compiler (cc, gcc or clang) is installed"
     with tempfile.TemporaryDirectory(prefix="iokeep-bench-") as place:
         out = Path(place) / "peers.so"
         done = subprocess.run(
-            [compiler, *_FLAGS, "-o", str(out), str(SOURCE)], capture_output=True, text=True, check=False
+            [command, *_FLAGS, "-o", str(out), str(SOURCE)], capture_output=True, text=True, check=False
         )
         if done.returncode:
-            return f"{compiler} failed: {done.stderr.strip().splitlines()[-1:]}"
+            return f"{command} failed: {done.stderr.strip().splitlines()[-1:]}"
         try:
             library = ctypes.CDLL(str(out))
         except OSError as error:
-            return f"what {compiler} made cannot be loaded: {error}"
+            return f"what {command} made cannot be loaded: {error}"
     library.walk_pages.restype = library.sweep_tables.restype = ctypes.c_uint64
     return Peers(library)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from iokeep.bench.cases import POLICIES, Built, Case, build, needed_bytes
+from iokeep.bench.kernel_walk import FLAGS, KernelSource, KernelWalk
 from iokeep.bench.limit import Method, inputs, limit, must
 from iokeep.bench.peers import Peers, can_read, compile_peers
 from iokeep.bench.policies import Lap, StartUp, play, start_up, typical
@@ -40,14 +41,20 @@ _WORD = 0x5A5A5A5A5A5A5A5A
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """:param repeat: rounds; the median counts. :param threads: of the engine. :param peers: those in C."""
+    """:param repeat: rounds; the median counts. :param threads: of the engine. :param peers: those in C.
+
+    :param kernel: a source tree whose ``iova_to_phys`` is a peer of job ``verify``.
+    """
 
     repeat: int = 7
     threads: int = 1
     peers: bool = True
+    kernel: KernelSource | None = None
 
 
-def _methods(case: Case, built: Built, peers: Peers | None, threads: int) -> tuple[dict[str, Method], int]:
+def _methods(
+    case: Case, built: Built, peers: Peers | None, threads: int, walk: KernelWalk | None
+) -> tuple[dict[str, Method], int]:
     """Method -> what it does; and the bytes of tables that are read (or written)."""
     fmt, ram, root, e = built.fmt, built.ram, built.root_pa, built.extents
     upper = descend(TableMemory(fmt, ram), root)
@@ -67,6 +74,9 @@ def _methods(case: Case, built: Built, peers: Peers | None, threads: int) -> tup
                 rows = np.ascontiguousarray(upper.row[order])
                 words = _first_words(built, upper.base)[order]
                 methods["c_table"] = lambda: must(peers.sweep_tables(fmt, ram, rows, words) == 0)
+        if walk is not None:
+            walk.open(*args)
+            methods["iova_to_phys"] = lambda: must(walk.wrong_pages(e) == 0)
     elif case.job == "verify-range":
         start = int(e.iova[len(e) // 2]) & -(2 << 20)
         some = partial(verify, *args, e, start=start, last=start + (2 << 20) - 1)
@@ -172,7 +182,8 @@ def measure(case: Case, peers: Peers | None, options: Options) -> list[dict[str,
     """One row for each method of a case that is no policy. :raises CapabilityError: not enough memory."""
     built = build(case)
     usable = peers if peers is not None and options.peers and can_read(built.fmt) else None
-    methods, size = _methods(case, built, usable, options.threads)
+    walk = options.kernel.walk(case.format) if options.kernel and case.job == "verify" else None
+    methods, size = _methods(case, built, usable, options.threads, walk)
     times: dict[str, list[float]] = {name: [] for name in methods}
     slow: set[str] = set()
     prepare: Method = partial(_clear_all, built) if case.job == "build" else dict
@@ -265,7 +276,7 @@ def _split(lap: Lap, starting: StartUp | None, method: str) -> dict[str, Any]:
     }
 
 
-_PEERS = ("c_walk", "c_table", "numpy")
+_PEERS = ("c_walk", "c_table", "numpy", "iova_to_phys")
 #: jobs that go through all tables: others have no limit in memory's speed
 _READERS = ("verify", "digest", "extents", "diff", "build")
 
@@ -306,9 +317,14 @@ def run(
         "repeat": options.repeat,
         "threads": options.threads,
         "peers_missing": compiled if isinstance(compiled, str) else None,
+        "kernel_source": None if options.kernel is None else _source(options.kernel),
         "start_up_ms": None if starting is None else asdict(starting),
         "results": results,
     }
+
+
+def _source(kernel: KernelSource) -> dict[str, Any]:
+    return {"version": kernel.version, "flags": " ".join(FLAGS), "missing": kernel.missing}
 
 
 def _cpu() -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 from iokeep.errors import UsageError
@@ -39,6 +40,11 @@ def add_parser(subparsers: Any) -> None:
     r.add_argument("--repeat", type=int, default=7, metavar="N", help="rounds (default 7)")
     r.add_argument("--threads", type=int, default=1, metavar="N", help="of the engine (default 1)")
     r.add_argument("--no-peers", action="store_true", help="without the peers in C")
+    r.add_argument(
+        "--kernel-source",
+        metavar="DIR",
+        help="a Linux source tree: job verify beside that kernel's own iova_to_phys, compiled for this run",
+    )
     r.add_argument("-j", "--json", action="store_true", help="print one JSON document")
     r.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
     r.set_defaults(run=_run, schema="iokeep.bench-v1")
@@ -82,6 +88,7 @@ def _list(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from iokeep.bench.cases import FORMATS, JOBS, LAYOUTS, LEAVES, TABLES, cases
+    from iokeep.bench.kernel_walk import KernelSource
     from iokeep.bench.run import Options, run
     from iokeep.report import json as report_json
     from iokeep.report import text
@@ -97,8 +104,13 @@ def _run(args: argparse.Namespace) -> int:
     chosen = [case for size in args.size or ["64G"] for case in cases(*which, _size(size))]
     if not chosen:
         raise UsageError("no such case: a scattered layout has no leaves larger than its pieces")
+    if args.kernel_source is not None and args.no_peers:
+        raise UsageError(
+            "--kernel-source adds a peer in C, and --no-peers leaves them out", "give one of them"
+        )
+    kernel = None if args.kernel_source is None else KernelSource.at(Path(args.kernel_source))
     progress = text.Progress(quiet=args.quiet or args.json)
-    body = run(chosen, Options(args.repeat, args.threads, not args.no_peers), progress.say)
+    body = run(chosen, Options(args.repeat, args.threads, not args.no_peers, kernel), progress.say)
     progress.done()
     if args.json:
         sys.stdout.write(report_json.document(args.schema, body))
@@ -107,9 +119,8 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-_HEAD = (
-    "  method          ms    ns/page   GiB/s  of limit    16 TiB  times faster than c_walk, c_table, numpy"
-)
+_HEAD = "  method              ms    ns/page   GiB/s  of limit    16 TiB  times faster than "
+_PEERS = ("c_walk", "c_table", "numpy")
 
 
 def _cell(value: float | None, form: str) -> str:
@@ -118,6 +129,8 @@ def _cell(value: float | None, form: str) -> str:
 
 def _print(body: dict[str, Any]) -> None:
     before = None
+    measured = any(row["speedup"]["iova_to_phys"] is not None for row in body["results"])
+    peers = (*_PEERS, "iova_to_phys") if measured else _PEERS
     if body["start_up_ms"]:
         parts = ", ".join(f"{name} {ms:.0f} ms" for name, ms in body["start_up_ms"].items())
         print(f"start-up of a process: {parts} (once per machine)")
@@ -128,12 +141,12 @@ def _print(body: dict[str, Any]) -> None:
             job, fmt, layout, tables, leaf, _ = case
             size = f"{row['mapped_bytes'] / (1 << 30):.4g} GiB in {leaf} leaves"
             of = f"tables {tables}, {row['table_bytes'] / (1 << 20):.4g} MiB"
-            print(f"\n{job}: {fmt}, {size}, {layout}; {of}\n{_HEAD}")
+            print(f"\n{job}: {fmt}, {size}, {layout}; {of}\n{_HEAD}{', '.join(peers)}")
         print(
-            f"  {row['method']:8}{row['ms']:10.2f} {row['ns_per_page']:10.3f}"
+            f"  {row['method']:12}{row['ms']:10.2f} {row['ns_per_page']:10.3f}"
             f" {_cell(row['gib_per_s'], '7.1f'):>7} {_cell(row['share_of_limit'], '9.0%'):>9}"
             f" {row['s_per_16_tib']:7.2f} s"
-            + "".join(f" {_cell(row['speedup'][peer], '.1f'):>8}" for peer in ("c_walk", "c_table", "numpy"))
+            + "".join(f" {_cell(row['speedup'][peer], '.1f'):>8}" for peer in peers)
         )
         if split := row["split"]:
             steps = ", ".join(f"{name} {ms:.3f}" for name, ms in split["steps_ms"].items())
@@ -141,8 +154,12 @@ def _print(body: dict[str, Any]) -> None:
             tick = "" if longest is None else f" in ticks of {longest:.3f} ms at most"
             use = "" if split["first_use_ms"] is None else f"; first use {split['first_use_ms']:.3f} ms"
             print(
-                f"{'':10}blackout {split['blackout_ms']:.3f} ms ({steps}){use};"
+                f"{'':14}blackout {split['blackout_ms']:.3f} ms ({steps}){use};"
                 f" background {split['background_ms']:.3f} ms{tick}"
             )
     if body["peers_missing"]:
         print(f"\nwithout the peers in C: {body['peers_missing']}")
+    if source := body["kernel_source"]:
+        print(f"\niova_to_phys: Linux {source['version']}, compiled with {source['flags']}")
+        for name, why in source["missing"].items():
+            print(f"without iova_to_phys of {name}: {why}")
