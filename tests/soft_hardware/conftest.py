@@ -17,8 +17,6 @@ from iokeep.soft.hardware.units import vtd as r
 # The helpers of this directory become importable (tests have no packages).
 sys.path.insert(0, str(Path(__file__).parent))
 
-MODES = ("legacy", "scalable-ss", "scalable-fs")
-
 
 class Machine:
     """A platform, frames that are never freed, one domain for all devices, the invalidation queue."""
@@ -105,11 +103,12 @@ class Machine:
 
 
 @pytest.fixture
-def machine():
-    made = []
+def machine(request):
+    """Makes machines: of the file's own kind ``Machine``, where it has one."""
+    kind, made = getattr(request.module, "Machine", Machine), []
 
     def make(*args, **kwargs):
-        made.append(Machine(*args, **kwargs))
+        made.append(kind(*args, **kwargs))
         return made[-1]
 
     yield make

@@ -3,6 +3,7 @@
 
 import numpy as np
 import pytest
+from front_ends import detached
 
 from iokeep.pt.build import Table
 from iokeep.pt.extents import Extents
@@ -93,25 +94,6 @@ class Machine:
         self.regs.write32(r.MMIO_EVT_HEAD, head)
         return out
 
-    def detached(self, index=0):
-        """A front-end that the tail register does not pump, as if in another process."""
-        fe = FrontEnd(self.platform, index)
-        self.regs.local_front_ends.clear()
-        return fe
-
-
-@pytest.fixture
-def machine():
-    made = []
-
-    def make(*args, **kwargs):
-        made.append(Machine(*args, **kwargs))
-        return made[-1]
-
-    yield make
-    for m in made:
-        m.platform.close()
-
 
 # -- registers ---------------------------------------------------------------------------------------------
 def test_reset_values():
@@ -191,7 +173,7 @@ def test_completion_wait_stores_64_bits_once_and_the_ring_wraps(machine):
 @pytest.mark.parametrize("online", [False, True])
 def test_an_illegal_command_stops_the_buffer(machine, online):
     m = machine()
-    fe = m.detached()
+    fe = detached(m)
     if online:
         assert fe.translate(IOVA, False)[0] is None
         m.events()
@@ -235,7 +217,7 @@ def test_commands_that_are_not_in_memory(machine):
 def test_a_new_kernel_takes_the_buffer_over(machine):
     m = machine()
     m.map(IOVA, 0x200000, 1)
-    fe = m.detached()
+    fe = detached(m)
     fe.translate(IOVA, False)
     m.submit(amd.invalidate_iommu_all())
     m.regs.write64(r.MMIO_CONTROL, r.CONTROL_IOMMU_EN)
@@ -285,7 +267,7 @@ def test_stale_until_invalidated(machine, pages, inside):
     """Leaves of 4K, 64K, 2M and 4M: any page of one takes all of it out of the cache; others do not."""
     m = machine()
     m.map(IOVA, 0x40_0000, pages)
-    fe = m.detached()
+    fe = detached(m)
     assert fe.translate(IOVA, True)[0] == 0x40_0000
     m.table.unmap(IOVA, IOVA + (pages << 12) - 1)
     assert fe.translate(IOVA + inside, True)[0] == 0x40_0000 + inside  # the IOTLB does not know yet
@@ -308,7 +290,7 @@ def test_stale_until_invalidated(machine, pages, inside):
 
 def test_granularities(machine):
     m = machine()
-    fe = m.detached()
+    fe = detached(m)
     for number, (command, goes) in enumerate(
         [
             (amd.invalidate_iommu_all(), True),
@@ -336,7 +318,7 @@ def test_hitless_replace_by_the_base_register(machine):
     m.map(IOVA, 0x20_0000, 2)
     other = m.new_table()
     m.map(IOVA, 0x40_0000, 2, table=other)
-    a, b = m.detached(0), m.detached(1)
+    a, b = detached(m, 0), detached(m, 1)
     for fe in (a, b):
         assert fe.translate(IOVA, False)[0] == 0x20_0000
     aside = m.page()
@@ -358,7 +340,7 @@ def test_hitless_replace_by_the_base_register(machine):
 def test_growth_counts_once_the_cached_entry_is_invalidated(machine):
     m = machine()
     m.map(IOVA, 0x20_0000, 1)
-    fe = m.detached()
+    fe = detached(m)
     assert fe.translate(IOVA, False)[0] == 0x20_0000
     grown = m.table.grown(open_format("amdv1", {"levels": 4}))
     m.map(1 << 40, 0x40_0000, 1, table=grown)
@@ -374,7 +356,7 @@ def test_growth_counts_once_the_cached_entry_is_invalidated(machine):
 def test_two_devices_one_after_the_other(machine):
     m = machine(devices=2)
     m.map(IOVA, 0x20_0000, 1)
-    a, b = m.detached(0), m.detached(1)
+    a, b = detached(m, 0), detached(m, 1)
     a.translate(IOVA, False), b.translate(IOVA, False)
     m.table.unmap(IOVA, IOVA + 0xFFF)
     sequence = m.submit(amd.invalidate_iommu_pages(m.did, IOVA, IOVA + 0xFFF))

@@ -3,6 +3,7 @@
 
 import numpy as np
 import pytest
+from front_ends import detached
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,13 +18,6 @@ from iokeep.soft.hardware.units import vtd as r
 
 MODES = ("legacy", "scalable-ss", "scalable-fs")
 IOVA = 1 << 30
-
-
-def detached(m, index=0):
-    """A front-end that the tail register does not pump, as if in another process."""
-    fe = FrontEnd(m.platform, index)
-    m.regs.local_front_ends.clear()
-    return fe
 
 
 @pytest.mark.parametrize("mode", MODES)

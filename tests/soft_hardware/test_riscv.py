@@ -3,6 +3,7 @@
 
 import numpy as np
 import pytest
+from front_ends import detached
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from riscv_machine import RECORDS, STAGES, Machine
@@ -18,26 +19,6 @@ from iokeep.soft.hardware.units import riscv as r
 IOVA = 1 << 30
 READ_FAULT = {1: FaultReason.READ_PAGE_FAULT, 2: FaultReason.READ_GUEST_FAULT}
 WRITE_FAULT = {1: FaultReason.WRITE_PAGE_FAULT, 2: FaultReason.WRITE_GUEST_FAULT}
-
-
-@pytest.fixture
-def machine():
-    made = []
-
-    def make(*args, **kwargs):
-        made.append(Machine(*args, **kwargs))
-        return made[-1]
-
-    yield make
-    for m in made:
-        m.platform.close()
-
-
-def detached(m, index=0):
-    """A front-end that the tail register does not pump, as if in another process."""
-    fe = FrontEnd(m.platform, index)
-    m.regs.local_front_ends.clear()
-    return fe
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -3,6 +3,7 @@
 
 import numpy as np
 import pytest
+from front_ends import detached
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -107,26 +108,6 @@ class Machine:
     @property
     def recorded(self):
         return self.regs.read32(r.EVENTQ_PROD)
-
-
-@pytest.fixture
-def machine():
-    made = []
-
-    def make(*args, **kwargs):
-        made.append(Machine(*args, **kwargs))
-        return made[-1]
-
-    yield make
-    for m in made:
-        m.platform.close()
-
-
-def detached(m, index=0):
-    """A front-end that the tail register does not pump, as if in another process."""
-    fe = FrontEnd(m.platform, index)
-    m.regs.local_front_ends.clear()
-    return fe
 
 
 # -- registers -------------------------------------------------------------------------------------------

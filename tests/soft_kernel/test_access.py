@@ -45,11 +45,6 @@ def kernel():
 
 
 @pytest.fixture
-def c(kernel):
-    return Caller(kernel)
-
-
-@pytest.fixture
 def place(c):
     """(descriptor of an iommufd, IOAS, memfd of 1 MiB that is mapped at IOVA)"""
     fd = c.iommu()

@@ -49,16 +49,6 @@ def kernel():
     settled(kernel)
 
 
-@pytest.fixture
-def c(kernel):
-    return Caller(kernel)
-
-
-@pytest.fixture
-def fd(c):
-    return c.iommu()
-
-
 def entry(kernel, index):
     """The device table entry of a device, from the register on."""
     regs = kernel.platform.iommu

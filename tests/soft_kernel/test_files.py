@@ -30,11 +30,6 @@ def kernel():
     settled(kernel)
 
 
-@pytest.fixture
-def c(kernel):
-    return Caller(kernel)
-
-
 def allocated(kernel):
     return kernel.audit().by_kind.get("memfd", 0)
 

@@ -25,16 +25,6 @@ def kernel(request):
 
 
 @pytest.fixture
-def c(kernel):
-    return Caller(kernel)
-
-
-@pytest.fixture
-def fd(c):
-    return c.iommu()
-
-
-@pytest.fixture
 def ioas(c, fd):
     return c.ioas(fd)
 

@@ -45,16 +45,6 @@ def kernel(request):
     settled(kernel)
 
 
-@pytest.fixture
-def c(kernel):
-    return Caller(kernel)
-
-
-@pytest.fixture
-def fd(c):
-    return c.iommu()
-
-
 def attached(c, fd, ioas, index=0):
     v = c.vfio(index)
     dev = c.bind(v, fd)

@@ -21,16 +21,6 @@ def kernel(request):
     settled(kernel)
 
 
-@pytest.fixture
-def c(kernel):
-    return Caller(kernel)
-
-
-@pytest.fixture
-def fd(c):
-    return c.iommu()
-
-
 def roots(kernel):
     out = []
     for dev in kernel.iommu.devices:

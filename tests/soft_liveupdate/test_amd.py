@@ -3,7 +3,16 @@
 
 import numpy as np
 import pytest
-from liveupdate_support import AREAS, HWPT_TOKEN, MIB, Guest, clean, nothing_left
+from liveupdate_support import (
+    AREAS,
+    DEVICE_TOKEN_2,
+    HWPT_TOKEN,
+    MIB,
+    Guest,
+    clean,
+    nothing_left,
+    second,
+)
 
 from iokeep.iommufd.client import NotEqual, VfioDevice
 from iokeep.pt.roots import amd
@@ -13,21 +22,11 @@ from iokeep.soft.hardware.units import amd as r
 TIB = 1 << 40
 #: beyond three levels: the table has four before the kexec
 GROWN = (*AREAS, (TIB, 2 * MIB, 4 * MIB, 3))
-DEVICE_TOKEN_2 = 0x31
 
 
 @pytest.fixture
 def host(hosts):
     return hosts(n_devices=2, iommu="amd")
-
-
-def second(guest):
-    """The other device in the same domain."""
-    device = VfioDevice(guest.transport, "/dev/vfio/devices/vfio1")
-    device.bind(guest.iommufd)
-    device.attach(guest.hwpt)
-    guest.host.set_ranges(1, guest.rows)
-    return device
 
 
 def entries(host):

@@ -5,7 +5,19 @@ import errno
 import time
 
 import pytest
-from liveupdate_support import AREAS, HWPT_TOKEN, MIB, Guest, check_audit, clean, fails, nothing_left
+from liveupdate_support import (
+    AREAS,
+    HWPT_TOKEN,
+    MIB,
+    STILL,
+    TOTAL,
+    Guest,
+    arrive,
+    check_audit,
+    clean,
+    fails,
+    nothing_left,
+)
 
 from iokeep.iommufd.client import Iommufd, NotEqual, VfioDevice
 from iokeep.luo.client import LiveUpdate
@@ -14,24 +26,14 @@ from iokeep.soft.kernel.access import Access
 from iokeep.soft.kernel.iommufd import Iommufd as KernelIommufd
 from iokeep.soft.kernel.syserror import SysError
 
-#: no sweep by itself: what is proved was needed
-STILL = {"sweep_rate": 0}
-TOTAL = sum(length for _, length, _, _ in AREAS)
 #: in the last area, 4 KiB leaves
 BAD = AREAS[3][0] + 0x1000
 #: nothing is mapped there
 HOLE = 0x5000_0000
 
 
-def arrive(host, **params):
-    guest = Guest(host).start().preserve().kexec("soft-7.4", {**STILL, **params}).retrieve()
-    guest.dev_id = guest.device.bind(guest.iommufd)
-    return guest
-
-
 @pytest.fixture
 def after(host):
-    """The new VMM, with everything retrieved and bound, on a kernel that does not sweep."""
     return arrive(host)
 
 

@@ -18,6 +18,7 @@ from liveupdate_support import (
     MFD_ALLOW_SEALING,
     RAM_TOKEN,
     SEALS,
+    STILL,
     Guest,
     check_audit,
     clean,
@@ -37,7 +38,6 @@ from iokeep.soft.kernel.iommu import Domain
 SPARE_TOKEN = 0x11
 #: an IOVA whose table was emptied, and is linked still
 UNPLUGGED = 0x60_0000_0000
-STILL = {"sweep_rate": 0}
 KINDS = {
     "vtdss": ("vtd", {}),
     "arm_lpae_s2": ("smmuv3", {"iommu": "stage-2"}),

@@ -3,7 +3,16 @@
 
 import numpy as np
 import pytest
-from liveupdate_support import AREAS, HWPT_TOKEN, MIB, Guest, clean, nothing_left
+from liveupdate_support import (
+    AREAS,
+    DEVICE_TOKEN_2,
+    HWPT_TOKEN,
+    MIB,
+    Guest,
+    clean,
+    nothing_left,
+    second,
+)
 
 from iokeep.iommufd.client import NotEqual, VfioDevice
 from iokeep.pt.roots import riscv
@@ -11,7 +20,6 @@ from iokeep.pt.walk import walk
 from iokeep.soft.hardware.units import riscv as r
 
 MODES = ("first-stage", "second-stage")
-DEVICE_TOKEN_2 = 0x31
 #: within 38 bits, what Sv39 has for an address space that begins at 0
 LOW_AREAS = (*AREAS[:3], (0x30_0000_0000, 0x33000, 6 * MIB + 0x20000, 3))
 
@@ -27,15 +35,6 @@ def contexts(host):
         except riscv.RootFault:
             out.append(None)
     return out
-
-
-def second(guest):
-    """The other device in the same domain."""
-    device = VfioDevice(guest.transport, "/dev/vfio/devices/vfio1")
-    device.bind(guest.iommufd)
-    device.attach(guest.hwpt)
-    guest.host.set_ranges(1, guest.rows)
-    return device
 
 
 @pytest.mark.parametrize("way", ["adopt", "rebuild"])

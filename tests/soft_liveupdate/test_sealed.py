@@ -4,7 +4,19 @@
 import errno
 
 import pytest
-from liveupdate_support import AREAS, HWPT_TOKEN, MIB, Guest, check_audit, clean, fails, nothing_left
+from liveupdate_support import (
+    AREAS,
+    HWPT_TOKEN,
+    MIB,
+    STILL,
+    TOTAL,
+    Guest,
+    arrive,
+    check_audit,
+    clean,
+    fails,
+    nothing_left,
+)
 
 from iokeep.iommufd.client import NotEqual
 from iokeep.pt.table_digest import digest
@@ -12,15 +24,6 @@ from iokeep.pt.walk import walk
 from iokeep.soft.kernel import adopt as adopt_module
 from iokeep.soft.kernel.files import PageFile
 from iokeep.soft.kernel.frames import FrameRuns
-
-STILL = {"sweep_rate": 0}
-TOTAL = sum(length for _, length, _, _ in AREAS)
-
-
-def arrive(host, **params):
-    guest = Guest(host).start().preserve().kexec("soft-7.4", {**STILL, **params}).retrieve()
-    guest.dev_id = guest.device.bind(guest.iommufd)
-    return guest
 
 
 @pytest.fixture

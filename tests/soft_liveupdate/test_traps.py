@@ -13,6 +13,7 @@ from liveupdate_support import (
     HWPT_TOKEN,
     MIB,
     RAM_TOKEN,
+    STILL,
     Guest,
     check_audit,
     clean,
@@ -24,7 +25,6 @@ from iokeep.iommufd.client import NotEqual
 from iokeep.pt.walk import walk
 from iokeep.soft.kernel.freeze import Freeze
 
-STILL = {"sweep_rate": 0}
 #: the first area in two, cut inside of its first 2 MiB
 CUT = 0x10_0000
 SPLIT = ((0x0, CUT, 0, 3), (CUT, 4 * MIB - CUT, CUT, 3), *AREAS[1:])
