@@ -2,6 +2,7 @@
 """Tables in software RAM, and captures of real kernels."""
 
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from iokeep.mem.ram import Ram
 from iokeep.pt.build import Table
 from iokeep.pt.extents import Extents
 from iokeep.pt.registry import open_format
+
+# The helpers of this directory become importable (tests have no packages).
+sys.path.insert(0, str(Path(__file__).parent))
 
 DATA = Path(__file__).parents[1] / "data" / "captures"
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from table_support import format_id, rows_of
 
 from iokeep.errors import InputError, MemoryAbsent
 from iokeep.mem.capture import Capture, PageMemory, tsv_lines
@@ -49,11 +50,7 @@ CONFIGS = [
 ARMS = [open_format(*config) for config in CONFIGS]
 
 
-def arm_id(fmt):
-    return "-".join([fmt.name, *(str(v) for v in fmt.config.values())])
-
-
-@pytest.fixture(params=ARMS, ids=arm_id, scope="module")
+@pytest.fixture(params=ARMS, ids=format_id, scope="module")
 def arm(request):
     return request.param
 
@@ -200,10 +197,6 @@ def plain_extents(found):
     return [tuple(row) for row in out]
 
 
-def rows(runs):
-    return list(zip(*(c.tolist() for c in (runs.iova, runs.last, runs.pa, runs.prot)), strict=True))
-
-
 @st.composite
 def wild(draw, fmts):
     """A table with plausible, damaged and random items."""
@@ -256,7 +249,7 @@ def test_the_engine_reads_what_plain_words_say(data):
         return
     runs, _ = extents(fmt, mem, root)
     want = plain_extents(found)
-    assert rows(runs) == want
+    assert rows_of(runs) == want
     assert set(table_pages(fmt, mem, root).tolist()) == set(seen)
     assert digest(fmt, mem, root, b"k" * 16) == digest_extents(runs, b"k" * 16)
     verdict = verify(fmt, mem, root, Extents.of(want), dead_leaves=False)
@@ -324,7 +317,7 @@ def test_every_item_of_the_root_and_nothing_beyond(arm):
         assert len(upper.base) == len(chosen)
     if arm.top_level == 0:
         runs, problems = extents(fmt, mem, root)
-        assert rows(runs) == [(0, (1 << fmt.input_lg2) - 1, 0, 1)]
+        assert rows_of(runs) == [(0, (1 << fmt.input_lg2) - 1, 0, 1)]
         assert len(problems) == 0
     with pytest.raises(InputError, match="multiple"):
         extents(fmt, mem, root + arm.root_bytes // 2)
@@ -368,7 +361,7 @@ def test_an_extent_across_a_piece_of_the_pa():
             tree.put(n * granule, 0, first + n * granule, 3)
         want = Extents.of([(0, count * granule - 1, first, 3)])
         _, mem, root = tree.args
-        assert rows(extents(fmt, mem, root)[0]) == rows(want)
+        assert rows_of(extents(fmt, mem, root)[0]) == rows_of(want)
         for compiled in (False, True):
             assert verify(fmt, mem, root, want, compiled=compiled).equal
             assert not verify(
@@ -379,7 +372,7 @@ def test_an_extent_across_a_piece_of_the_pa():
 HINTS = [f for f in ARMS if f.name.startswith("arm_lpae")]
 
 
-@pytest.mark.parametrize("fmt", HINTS, ids=arm_id)
+@pytest.mark.parametrize("fmt", HINTS, ids=format_id)
 def test_the_contiguous_hint(fmt):
     for level, spec in enumerate(fmt.levels):
         for contig in spec.contig:
@@ -396,7 +389,7 @@ def test_the_contiguous_hint(fmt):
             at = tree.at(first + (1 << spec.shift), level)
             tree.store(at, tree.load(at) & ~contig.mask)
             verdict = verify(fmt, tree.memory, root, want)
-            assert rows(extents(fmt, tree.memory, root)[0]) == rows(want)
+            assert rows_of(extents(fmt, tree.memory, root)[0]) == rows_of(want)
             assert {m.reason for m in verdict.mismatches} == {"contig"}
             # One that says everything that the others say, but is not valid: hardware may take it from them.
             tree.store(at, (tree.load(at) | contig.mask) & ~spec.valid_mask)
@@ -404,7 +397,7 @@ def test_the_contiguous_hint(fmt):
             want = Extents.of(
                 [(first, first + page - 1, 0, 3), (first + 2 * page, first + size - 1, 2 * page, 3)]
             )
-            assert rows(extents(fmt, tree.memory, root)[0]) == rows(want)
+            assert rows_of(extents(fmt, tree.memory, root)[0]) == rows_of(want)
             verdict = verify(fmt, tree.memory, root, want)
             assert {m.reason for m in verdict.mismatches} == {"contig"}
 
@@ -450,7 +443,7 @@ def test_a_leaf_without_the_access_flag_lets_nothing_pass(name):
     tree.store(at, tree.load(at) & ~(1 << (4 if name == "arm_v7s" else 10)))
     _, mem, root = tree.args
     assert walk(fmt, mem, root, 0).pa is None
-    assert rows(extents(fmt, mem, root)[0]) == []
+    assert rows_of(extents(fmt, mem, root)[0]) == []
     want = Extents.of([(0, 4095, 0x5000, 3)])
     assert [m.reason for m in verify(fmt, mem, root, want).mismatches] == ["prot"]
     lenient = open_format(name, {"quirks": 2} if name == "arm_v7s" else {"hw_access": 1})
@@ -516,7 +509,7 @@ def test_captures_in_plain_words(real):
     fmt = open_format(real.format, real.config)
     found, bad, seen = plain_tree(fmt, real.memory, real.root_pa)
     assert bad == []
-    assert plain_extents(found) == rows(Extents(*real.truth()))
+    assert plain_extents(found) == rows_of(Extents(*real.truth()))
     assert set(table_pages(fmt, real.memory, real.root_pa).tolist()) == set(seen)
 
 
@@ -587,14 +580,14 @@ def test_what_was_mapped_is_what_is_read(arm, seed, new_table):
     built.table.map(want)
     truth = want.canonical()
     if not arm.write_only:
-        truth = Extents.of([(a, z, p, q if q != 2 else 3) for a, z, p, q in rows(want)]).canonical()
+        truth = Extents.of([(a, z, p, q if q != 2 else 3) for a, z, p, q in rows_of(want)]).canonical()
     runs, problems = extents(*built.args)
-    assert rows(runs) == rows(truth)
+    assert rows_of(runs) == rows_of(truth)
     assert len(problems) == 0
     assert verify(*built.args, want).equal
     found, bad, _ = plain_tree(*built.args)
     assert bad == []
-    assert plain_extents(found) == rows(truth)
+    assert plain_extents(found) == rows_of(truth)
     for iova, last, pa, _ in rows_in:
         probe = np.array([iova, last], np.uint64)
         assert built.table.iova_to_phys(probe).tolist() == [pa, pa + last - iova]

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from table_support import rows_of
 
 from iokeep.errors import MemoryAbsent
 from iokeep.pt import build as build_module
@@ -51,11 +52,6 @@ def areas(draw, fmt=None):
         rows.append((iova, iova + size - 1, pa, draw(st.sampled_from([1, 2, 3]))))
         iova += size + draw(st.sampled_from([0, K4, M2]))
     return Extents.of(rows)
-
-
-def rows_of(extents_):
-    columns = (extents_.iova, extents_.last, extents_.pa, extents_.prot)
-    return list(zip(*(c.tolist() for c in columns), strict=True))
 
 
 @settings(max_examples=80)

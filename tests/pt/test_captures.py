@@ -2,6 +2,7 @@
 """Tables that real kernels wrote, against what the same kernels said of them."""
 
 import numpy as np
+from table_support import rows_of
 
 from iokeep.mem.capture import tsv_lines
 from iokeep.pt import reference
@@ -56,7 +57,7 @@ def test_reference_reads_the_same(capture):
     truth = Extents(*capture.truth())
     if len(truth) > 20000:
         return  # the obvious implementation takes a minute there
-    rows = list(zip(*(c.tolist() for c in (truth.iova, truth.last, truth.pa, truth.prot)), strict=True))
+    rows = rows_of(truth)
     tree = reference.tree(fmt, mem, root)
     assert reference.extents(tree) == rows
     assert tree.bad == []

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from table_support import SHOWN
 
 from iokeep.errors import InputError
 from iokeep.pt import digest as digest_module
@@ -18,21 +19,10 @@ from iokeep.pt.diff import normalised
 from iokeep.pt.digest import Digest, digest_extents
 from iokeep.pt.extents import Extents
 from iokeep.pt.leaves import extents
-from iokeep.pt.registry import open_format
 from iokeep.pt.table_digest import digest
 from iokeep.pt.walk import walk
 
 M64 = 2**64 - 1
-DIGESTED = [
-    open_format("vtdss", {}),
-    open_format("x86_64", {}),
-    open_format("arm_lpae_s1", {}),
-    open_format("arm_lpae_s2", {}),
-    open_format("arm_lpae_s2", {"granule": 16384}),
-    open_format("riscv64", {}),
-    open_format("amdv1", {}),
-    open_format("arm_v7s", {}),
-]
 
 
 def mix(z):
@@ -172,7 +162,7 @@ def test_a_map_adds_and_an_unmap_takes_away(page_dict, want, data):
 @settings(max_examples=30)
 @given(which=st.integers(0, 9), seed=st.integers(0, 10**6), damage=st.integers(0, 3), data=st.data())
 def test_compiled_equals_numpy_equals_extents(new_table, which, seed, damage, data):
-    fmt = DIGESTED[which % len(DIGESTED)]
+    fmt = SHOWN[which % len(SHOWN)]
     rng = np.random.default_rng(seed)
     shift, items = fmt.levels[0].shift, fmt.levels[0].items
     rows = []

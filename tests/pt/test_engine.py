@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from table_support import rows_of
 
 from iokeep.errors import InputError, MemoryAbsent
 from iokeep.mem.capture import PageMemory
@@ -89,8 +90,7 @@ def test_engine_equals_reference_on_wild_tables(formats, data):
                 job(fmt, ram, 4096)
     else:
         runs, _ = extents(fmt, ram, 4096)
-        rows = list(zip(*(c.tolist() for c in (runs.iova, runs.last, runs.pa, runs.prot)), strict=True))
-        assert rows == reference.extents(want)
+        assert rows_of(runs) == reference.extents(want)
         everything = leaves(fmt, ram, 4096)
         assert [(i, p) for _, i, p, _ in found] == list(
             zip(everything.iova.tolist(), everything.pa.tolist(), strict=True)

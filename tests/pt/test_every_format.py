@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from table_support import format_id, rows_of
 
 from iokeep.errors import InputError, MemoryAbsent
 from iokeep.mem.ram import Ram
@@ -52,16 +53,7 @@ ALL = 2**64 - 1
 KEY = b"0123456789abcdef"
 
 
-def format_id(fmt):
-    return "-".join([fmt.name, *(str(v) for v in fmt.config.values())])
-
-
 every = pytest.mark.parametrize("fmt", FORMATS, ids=format_id)
-
-
-def rows_of(extents_):
-    columns = (extents_.iova, extents_.last, extents_.pa, extents_.prot)
-    return list(zip(*(c.tolist() for c in columns), strict=True))
 
 
 def said(fmt, prot):

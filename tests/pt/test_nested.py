@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from table_support import rows_of
 
 from iokeep.errors import InputError, MemoryAbsent
 from iokeep.mem.capture import PageMemory
@@ -106,11 +107,6 @@ def memory_of(pages):
     pas = np.array(sorted(pages), np.uint64)
     data = np.frombuffer(b"".join(pages[pa] for pa in sorted(pages)), np.uint8).reshape(-1, 4096)
     return PageMemory(pas, data)
-
-
-def rows_of(extents):
-    columns = (extents.iova.tolist(), extents.last.tolist(), extents.pa.tolist(), extents.prot.tolist())
-    return list(zip(*columns, strict=True))
 
 
 def compose(pair, guest_memory, root_gpa, host_memory, root_pa, iovas):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from table_support import SHOWN, SWEPT, rows_of
 
 from iokeep.errors import InputError, MemoryAbsent
 from iokeep.pt import diff as diff_module
@@ -18,25 +19,8 @@ from iokeep.pt import runs
 from iokeep.pt.diff import diff
 from iokeep.pt.extents import Extents
 from iokeep.pt.leaves import extents
-from iokeep.pt.registry import open_format
 from iokeep.pt.tables import TableMemory, descend
 from iokeep.pt.walk import walk
-
-FORMATS = [
-    open_format("vtdss", {}),
-    open_format("x86_64", {}),
-    open_format("arm_lpae_s1", {}),
-    open_format("arm_lpae_s2", {}),
-    open_format("arm_lpae_s2", {"granule": 16384}),
-    open_format("riscv64", {}),
-    open_format("amdv1", {}),
-    open_format("arm_v7s", {}),
-]
-COLUMNS = ("iova", "last", "pa", "prot")
-
-
-def rows_of(extents_):
-    return list(zip(*(getattr(extents_, c).tolist() for c in COLUMNS), strict=True))
 
 
 @st.composite
@@ -119,9 +103,9 @@ def outcome(job, *kinds):
 
 
 @settings(max_examples=60)
-@given(data=st.data(), which=st.integers(0, len(FORMATS) - 1), seed=st.sampled_from([None, 1]))
+@given(data=st.data(), which=st.integers(0, len(SHOWN) - 1), seed=st.sampled_from([None, 1]))
 def test_extents(new_table, data, which, seed):
-    fmt = FORMATS[which]
+    fmt = SHOWN[which]
     want = data.draw(layouts(fmt))
     built = new_table(fmt, size=1 << 20, seed=seed)
     built.table.map(want, max_lg2=data.draw(st.sampled_from([None, fmt.levels[0].shift])))
@@ -138,10 +122,10 @@ def test_extents(new_table, data, which, seed):
 
 
 @settings(max_examples=80)
-@given(data=st.data(), which=st.integers(0, len(FORMATS) - 1), seed=st.sampled_from([None, 1]))
+@given(data=st.data(), which=st.integers(0, len(SHOWN) - 1), seed=st.sampled_from([None, 1]))
 def test_diff(new_table, data, which, seed):
-    fmt = FORMATS[which]
-    other = fmt if data.draw(st.booleans()) else FORMATS[data.draw(st.integers(0, 3))]
+    fmt = SHOWN[which]
+    other = fmt if data.draw(st.booleans()) else SHOWN[data.draw(st.integers(0, 3))]
     if fmt.levels[0].shift != other.levels[0].shift:
         other = fmt
     want = data.draw(layouts(fmt))
@@ -158,7 +142,7 @@ def test_diff(new_table, data, which, seed):
 
 def test_equal_tables_need_no_general_code(new_table, monkeypatch):
     """Tables of one run and tables of pages are compared without the general code, exactly."""
-    fmt = FORMATS[0]
+    fmt = SHOWN[0]
     order = np.random.default_rng(1).permutation(1024).tolist()
     pages = [(n << 12, (n << 12) + 0xFFF, (1 << 30) + (to << 12), 3) for n, to in enumerate(order)]
     want = Extents.of([*pages, (1 << 30, (1 << 30) + (8 << 21) - 1, 1 << 33, 1)])
@@ -188,7 +172,7 @@ def test_equal_tables_need_no_general_code(new_table, monkeypatch):
         b.ram.store64(at, item)
 
 
-@pytest.mark.parametrize("fmt", FORMATS[:7], ids=lambda f: f.name)
+@pytest.mark.parametrize("fmt", SWEPT, ids=lambda f: f.name)
 def test_what_linux_writes_is_runs_and_pages(fmt, new_table):
     """Whole tables in one area, also in contiguous entries, and single pages are left to no one else."""
     spec = fmt.levels[0]
@@ -220,10 +204,10 @@ def content(built):
 
 
 @settings(max_examples=40)
-@given(data=st.data(), which=st.integers(0, len(FORMATS) - 1), seed=st.sampled_from([None, 1]))
+@given(data=st.data(), which=st.integers(0, len(SHOWN) - 1), seed=st.sampled_from([None, 1]))
 def test_build(new_table, data, which, seed):
     """The same memory, byte for byte, from compiled code and from NumPy; also into tables that are there."""
-    fmt = FORMATS[which]
+    fmt = SHOWN[which]
     largest = data.draw(st.sampled_from([None, fmt.levels[0].shift]))
     wants = [data.draw(layouts(fmt)) for _ in range(data.draw(st.sampled_from([1, 1, 2])))]
     said = []
@@ -238,7 +222,7 @@ def test_build(new_table, data, which, seed):
     assert said[0] == said[1]
 
 
-@pytest.mark.parametrize("fmt", FORMATS[:7], ids=lambda f: f.name)
+@pytest.mark.parametrize("fmt", SWEPT, ids=lambda f: f.name)
 @pytest.mark.parametrize("where", [0, 700, 1400])
 @pytest.mark.parametrize("what", ["nothing", "order", "length", "pa", "prot", "beyond", "taken"])
 def test_build_of_pages(fmt, new_table, where, what):
@@ -273,7 +257,7 @@ def test_build_of_pages(fmt, new_table, where, what):
     assert said[0] == said[1]
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
+@pytest.mark.parametrize("fmt", SHOWN, ids=lambda f: f.name)
 @pytest.mark.parametrize("what", ["nothing", "pa", "beyond", "prot", "taken", "end", "few"])
 def test_build_of_frames(fmt, new_table, what):
     """A list of pages is mapped as an extent for each of them is, or refused with the same words."""

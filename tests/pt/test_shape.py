@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from table_support import format_id
 
 from iokeep.mem.ram import Ram
 from iokeep.mem.ranges import Range
@@ -46,9 +47,7 @@ def which(request, monkeypatch):
     monkeypatch.setattr("iokeep.pt.shape.loaded", lambda module: request.param)
 
 
-every = pytest.mark.parametrize(
-    "fmt", FORMATS, ids=lambda f: "-".join([f.name, *map(str, f.config.values())])
-)
+every = pytest.mark.parametrize("fmt", FORMATS, ids=format_id)
 
 
 def extend(fmt, raw):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from table_support import SWEPT
 
 from iokeep.mem.ram import Ram
 from iokeep.pt import fill, kernels, run_kernels, sum_kernels, sweep
@@ -17,21 +18,10 @@ from iokeep.pt.compare import clip_extents
 from iokeep.pt.diff import diff
 from iokeep.pt.extents import Extents
 from iokeep.pt.leaves import extents
-from iokeep.pt.registry import open_format
 from iokeep.pt.table_digest import digest
 from iokeep.pt.tables import LOOP, TableMemory, descend
 from iokeep.pt.verify import verify
 from iokeep.pt.walk import walk
-
-FORMATS = [
-    open_format("vtdss", {}),
-    open_format("x86_64", {}),
-    open_format("arm_lpae_s1", {}),
-    open_format("arm_lpae_s2", {}),
-    open_format("arm_lpae_s2", {"granule": 16384}),
-    open_format("riscv64", {}),
-    open_format("amdv1", {}),
-]
 
 
 def layout_of(fmt, seed):
@@ -68,13 +58,13 @@ def _verdicts(args, want, **options):
 @settings(max_examples=25)
 @given(
     data=st.data(),
-    which=st.integers(0, len(FORMATS) - 1),
+    which=st.integers(0, len(SWEPT) - 1),
     layout=st.integers(0, 10**6),
     seed=st.sampled_from([None, 1, 2]),
     threads=st.sampled_from([1, 3]),
 )
 def test_compiled_equals_numpy(new_table, data, which, layout, seed, threads):
-    fmt = FORMATS[which]
+    fmt = SWEPT[which]
     want = layout_of(fmt, layout)
     built = new_table(fmt, size=1 << 20, seed=seed)
     built.table.map(want, max_lg2=data.draw(st.sampled_from([None, fmt.levels[0].shift])))
@@ -99,9 +89,9 @@ def test_compiled_equals_numpy(new_table, data, which, layout, seed, threads):
 
 
 @settings(max_examples=25)
-@given(data=st.data(), which=st.integers(0, len(FORMATS) - 1), layout=st.integers(0, 10**6))
+@given(data=st.data(), which=st.integers(0, len(SWEPT) - 1), layout=st.integers(0, 10**6))
 def test_a_range_is_the_whole_cut(new_table, data, which, layout):
-    fmt = FORMATS[which]
+    fmt = SWEPT[which]
     want = layout_of(fmt, layout)
     built = new_table(fmt, size=1 << 20, seed=1)
     built.table.map(want, max_lg2=data.draw(st.sampled_from([None, fmt.levels[0].shift])))
@@ -129,7 +119,7 @@ def test_a_range_is_the_whole_cut(new_table, data, which, layout):
 
 
 def test_a_range_reads_only_its_own_tables(new_table):
-    fmt = FORMATS[0]
+    fmt = SWEPT[0]
     built = new_table(fmt)
     want = Extents.of([(0x200000, 0x200FFF, 0x5000, 3), (1 << 30, (1 << 30) + 0xFFF, 0x6000, 3)])
     built.table.map(want)
@@ -146,7 +136,7 @@ def test_a_range_reads_only_its_own_tables(new_table):
 @pytest.mark.parametrize("place", [0, 511, 512, 700, 1023, 1024, 1500])
 @pytest.mark.parametrize("what", ["order", "overlap", "backwards", "prot"])
 def test_unsorted_expectations_are_found_wherever_they_are(new_table, place, what):
-    fmt = FORMATS[0]
+    fmt = SWEPT[0]
     built = new_table(fmt)
     n = 1600
     iova = np.arange(n, dtype=np.uint64) << np.uint64(12)
@@ -169,7 +159,7 @@ def test_unsorted_expectations_are_found_wherever_they_are(new_table, place, wha
 
 
 def test_the_fast_way_down_says_the_same(new_table):
-    for fmt in FORMATS:
+    for fmt in SWEPT:
         built = new_table(fmt, seed=3)
         shift = fmt.levels[0].shift
         span = fmt.levels[0].items << shift
@@ -218,7 +208,7 @@ def test_order_in_memory():
 @pytest.mark.parametrize("loop", [False, True])
 def test_tables_whose_pas_look_like_those_above(loop):
     """The filter of pages that served above says "maybe" for all, which is not yet a loop."""
-    fmt, ram, far = FORMATS[0], Ram.of(1 << 30), 1 << 29
+    fmt, ram, far = SWEPT[0], Ram.of(1 << 30), 1 << 29
     top = fmt.top_level
     pages, below = [far - 8192, far - 4096], []
 
@@ -285,7 +275,7 @@ def test_no_signed_word_and_no_float(new_table):
     """
     from numba import config, njit
 
-    built = new_table(FORMATS[0], seed=1)
+    built = new_table(SWEPT[0], seed=1)
     rows = [(n << 12, (n << 12) + 4095, (n ^ 1) << 12, 3) for n in range(512)]
     want = Extents.of([*rows, (1 << 21, (9 << 21) - 1, 1 << 30, 3)])
     built.table.map(want, max_lg2=12, compiled=True)

@@ -27,7 +27,7 @@ AREAS = (
 )
 TOTAL = sum(length for _, length, _, _ in AREAS)
 FILE_BYTES = 8 * MIB
-#: of a kernel: no sweep by itself: what is proved was needed
+#: for a kernel that does not sweep by itself: what is proved was needed
 STILL = {"sweep_rate": 0}
 
 
