@@ -40,6 +40,7 @@ def test_page_and_figures_are_what_the_data_say() -> None:
 
 def test_what_was_measured_is_what_the_tool_measures(tool: ModuleType) -> None:
     assert [run["command"] for run in tool.Measured.load().runs] == list(tool.COMMANDS)
+    assert tool.Measured.load().walk["command"] == tool.WALK
 
 
 def test_rows_are_those_of_the_schema(tool: ModuleType) -> None:
@@ -47,7 +48,7 @@ def test_rows_are_those_of_the_schema(tool: ModuleType) -> None:
     schema = json.loads((ROOT / "docs/schemas/iokeep.bench-v1.json").read_text(encoding="utf-8"))
     row = schema["properties"]["results"]["items"]
     row["required"] = [key for key in row["required"] if key not in tool._UNUSED]
-    for run in tool.Measured.load().runs:
+    for run in [*tool.Measured.load().runs, tool.Measured.load().walk]:
         jsonschema.validate(run, schema)
 
 
@@ -68,7 +69,7 @@ def test_no_figure_stands_in_prose(tool: ModuleType) -> None:
 
 def test_the_commands_are_commands(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     """Each is understood; what they would run is too much for a test."""
-    for command in tool.COMMANDS:
+    for command in (*tool.COMMANDS, tool.WALK):
         words = shlex.split(command)
         assert words[0] == "iokeep"
         assert main([*words[1:], "--repeat", "0"]) == 2
@@ -83,3 +84,31 @@ def test_an_edited_page_is_noticed(
     monkeypatch.setattr(tool, "PAGE", copy)
     assert tool.main(["--check"]) == 1
     assert "is not what" in capsys.readouterr().err
+
+
+def test_one_part_is_measured_without_the_others(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where the source tree lies is nobody's business."""
+    old = tool._stored()
+    monkeypatch.setattr(tool, "DATA", tmp_path / "data.json")
+    tool._save(old["runs"], old["iova_to_phys"])
+    ran: list[list[str]] = []
+
+    def run(words: list[str], **how: object) -> subprocess.CompletedProcess[str]:
+        ran.append(words[2:])
+        source = old["iova_to_phys"]["kernel_source"]
+        empty = {"schema": "iokeep.bench-v1", "kernel_source": source, "results": []}
+        return subprocess.CompletedProcess(words, 0, json.dumps(empty))
+
+    monkeypatch.setattr(tool.subprocess, "run", run)
+    assert tool.main(["measure", "iova_to_phys", "/some where"]) == 0
+    assert ran == [[*shlex.split(tool.WALK)[:-1], "/some where"]]
+    assert tool._stored()["runs"] == old["runs"]
+    assert tool._stored()["iova_to_phys"]["results"] == []
+    assert "some where" not in tool.DATA.read_text(encoding="utf-8")
+    tool._save(old["runs"], old["iova_to_phys"])
+    assert tool.main(["measure", "1"]) == 0
+    assert tool._stored()["iova_to_phys"] == old["iova_to_phys"]
+    assert tool._stored()["runs"][1]["results"] == []
+    assert tool._stored()["runs"][2:] == old["runs"][2:]

@@ -4,7 +4,8 @@
 
 ``measure`` runs the benchmark (minutes, best on an idle machine) and writes docs/data/validation-cost.json,
 ``measure N...`` only those of ``COMMANDS``, ``measure kernel`` what the calls of the software kernel take
-(docs/data/kernel-cost.json); without arguments the page and docs/validation-cost-*.svg are
+(docs/data/kernel-cost.json), ``measure iova_to_phys DIR`` validation beside the iova_to_phys of the Linux
+source tree in DIR; what is not run is kept. Without arguments the page and docs/validation-cost-*.svg are
 made from that; ``--check`` says whether they are.
 """
 
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -52,6 +53,11 @@ COMMANDS = (
     f"iokeep bench run {_ALL} {_BOTH} --size 1T --repeat 3 {_QUIET}",
     f"iokeep bench run --job adopt {_LATER} --job trust {_VTD}"
     f" --layout contiguous --size 4T --repeat 3 {_QUIET}",
+)
+#: where DIR is a Linux source tree
+WALK = (
+    "iokeep bench run --job verify --format vtdss --format arm_lpae_s2 --layout contiguous --layout random-4k"
+    " --size 1G --size 64G --repeat 5 --quiet --json --kernel-source DIR"
 )
 #: columns that nothing here uses
 _UNUSED = ("speedup", "gib_per_s", "s_per_16_tib", "ns_per_page")
@@ -136,13 +142,14 @@ class Measured:
     """What ``measure`` wrote."""
 
     runs: list[dict[str, Any]]
+    walk: dict[str, Any]
     kernel: list[dict[str, Any]]
 
     @classmethod
     def load(cls) -> Measured:
         """From the repository."""
         read = [json.loads(path.read_text(encoding="utf-8")) for path in (DATA, KERNEL)]
-        return cls(read[0]["runs"], read[1]["rows"])
+        return cls(read[0]["runs"], read[0]["iova_to_phys"], read[1]["rows"])
 
     @property
     def rows(self) -> list[Row]:
@@ -173,19 +180,37 @@ class Measured:
 
 def measure(which: Sequence[int]) -> None:
     """Run ``COMMANDS[which]``, write the JSON after each; runs of other commands stay."""
-    old = json.loads(DATA.read_text(encoding="utf-8"))["runs"] if DATA.exists() else []
-    runs = {run["command"]: run for run in old}
+    old = _stored()
+    runs = {run["command"]: run for run in old["runs"]}
     for command in [COMMANDS[n] for n in which]:
-        print(command, file=sys.stderr)
-        words = [sys.executable, "-m", *shlex.split(command)]
-        done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-        document = json.loads(done.stdout)
-        for row in document["results"]:
-            for key in _UNUSED:
-                del row[key]
-        runs[command] = {"command": command} | {key: _rounded(value) for key, value in document.items()}
-        runs[command]["results"] = [_rounded(row) for row in document["results"]]
-        _save([runs[known] for known in COMMANDS if known in runs])
+        runs[command] = _bench(command)
+        _save([runs[known] for known in COMMANDS if known in runs], old["iova_to_phys"])
+
+
+def measure_walk(source: str) -> None:
+    """Run ``WALK`` with a Linux source tree; the other runs stay."""
+    walk = _bench(WALK, WALK.removesuffix("DIR") + shlex.quote(source))
+    if walk["kernel_source"]["missing"]:
+        sys.exit(f"not measured: {walk['kernel_source']['missing']}")
+    _save(_stored()["runs"], walk)
+
+
+def _stored() -> dict[str, Any]:
+    empty: dict[str, Any] = {"runs": [], "iova_to_phys": None}
+    return empty | (json.loads(DATA.read_text(encoding="utf-8")) if DATA.exists() else {})
+
+
+def _bench(command: str, real: str = "") -> dict[str, Any]:
+    """What a command prints, with what is used of it. :param real: what is run, where less is stored."""
+    print(real or command, file=sys.stderr)
+    words = [sys.executable, "-m", *shlex.split(real or command)]
+    done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    document = json.loads(done.stdout)
+    for row in document["results"]:
+        for key in _UNUSED:
+            del row[key]
+    run = {"command": command} | {key: _rounded(value) for key, value in document.items()}
+    return run | {"results": [_rounded(row) for row in document["results"]]}
 
 
 def measure_kernel(rounds: int = 5) -> None:
@@ -253,15 +278,19 @@ def _kernel_clock() -> Callable[[], float]:
     return lambda: time.clock_gettime(clock) - start
 
 
-def _save(runs: list[dict[str, Any]]) -> None:
+def _save(runs: list[dict[str, Any]], walk: dict[str, Any] | None) -> None:
     """A line for each row."""
-    parts = []
-    for run in runs:
-        head = json.dumps({key: value for key, value in run.items() if key != "results"})
-        rows = ",\n".join(json.dumps(row) for row in run["results"])
-        parts.append(f'{head[:-1]}, "results": [\n{rows}\n]}}')
+    text = '{"runs": [\n' + ",\n".join(_lines(run) for run in runs) + "\n]"
+    if walk is not None:
+        text += ',\n"iova_to_phys": ' + _lines(walk)
     DATA.parent.mkdir(exist_ok=True)
-    DATA.write_text('{"runs": [\n' + ",\n".join(parts) + "\n]}\n", encoding="utf-8")
+    DATA.write_text(text + "}\n", encoding="utf-8")
+
+
+def _lines(run: dict[str, Any]) -> str:
+    head = json.dumps({key: value for key, value in run.items() if key != "results"})
+    rows = ",\n".join(json.dumps(row) for row in run["results"])
+    return f'{head[:-1]}, "results": [\n{rows}\n]}}'
 
 
 # ---- the page
@@ -296,13 +325,16 @@ def _answer(m: Measured) -> str:
     in_digest = duration(_blackout(sealed))
     trust = _must(m.at("trust", "plain", last["mapped_bytes"]))
     saved = last["split"]["blackout_ms"] - trust["split"]["blackout_ms"]
+    slower = [row["ms"] / own["ms"] for row, own, _ in _walks(m, 64 * GIB) if row["layout"] == "contiguous"]
+    walks = f"{times(min(slower))} to {times(max(slower))}"
     gain = f"{duration(abs(saved))} {'sooner' if saved > 0 else 'later'} than `deferred`"
     return f"""\
 1. **A full and exact validation costs one pass over the memory of the tables**: from 64 GiB in 4 KiB
    pages on, `adopt` runs at {low} to {high} of the speed at which one core can read that memory at all,
    which is {small_ms} for 1 TiB; rebuilding takes {warm} times (warm memory) to {fresh} times (fresh
    memory) as long. In 2 MiB pages the tables have {tables[1]} instead of {tables[0]}, and 1 TiB takes
-   {large_ms}.
+   {large_ms}. A loop over the kernel's own `iova_to_phys` [takes](#against-iova_to_phys)
+   {walks} times as long as one such pass.
 2. **Nobody has to wait for it**: with `deferred` the domain is in use {starts[0]} after the replay of
    {sizes[0]} and {starts[1]} after that of {sizes[1]}. An unmap of 2 MiB at once then waits {uses[0]} and
    {uses[1]} ([why](#what-dominates)), and all else is proved beside the guest; `sealed` also
@@ -446,6 +478,41 @@ def _areas(m: Measured) -> str:
     return table(("areas", "guest", "sealed: digest of the areas", "per area", "deferred"), rows)
 
 
+def _walks(m: Measured, mapped: int) -> Iterator[tuple[Row, Row, dict[str, Row]]]:
+    """Of each case of a size: the row of ``iova_to_phys``, that of the engine, and all of them by method."""
+    cases: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in m.walk["results"]:
+        if row["mapped_bytes"] == mapped:
+            case = (row["format"], row["layout"], row["tables"])
+            cases.setdefault(case, {})[row["method"]] = row
+    for rows in cases.values():
+        yield rows["iova_to_phys"], rows["iokeep"], rows
+
+
+def _walk(m: Measured) -> str:
+    source, machine = m.walk["kernel_source"], m.walk["machine"]
+    lines = []
+    for mapped in sorted({row["mapped_bytes"] for row in m.walk["results"]}):
+        for walk, own, rows in _walks(m, mapped):
+            per_page = (
+                duration(rows[method]["ms"] / (mapped >> 12)) if method in rows else "-"
+                for method in ("iova_to_phys", "c_walk", "numpy", "iokeep", "c_table")
+            )
+            lines.append([
+                f"{walk['format']}, {size(mapped)}, {walk['layout']}, tables {walk['tables']}", *per_page,
+                times(walk["ms"] / own["ms"]), times(rows["c_walk"]["ms"] / own["ms"]),
+            ])  # fmt: skip
+    head = (
+        "in 4K pages; time per page", "`iova_to_phys`", "C walk", "NumPy", "iokeep", "C by tables",
+        "iokeep faster than `iova_to_phys`", "than the C walk",
+    )  # fmt: skip
+    load = f"{machine['load_before']:.1f} to {machine['load_after']:.1f}"
+    note = (
+        f"Linux {source['version']}; `{source['flags']}`; medians of {m.walk['repeat']} rounds, load {load}."
+    )
+    return f"{table(head, lines)}\n{note}\n"
+
+
 def _start_up(m: Measured) -> str:
     names = {
         "python": "the interpreter, until its first line",
@@ -470,7 +537,9 @@ def _kernel(m: Measured) -> str:
 def _again(m: Measured) -> str:
     tool = ".venv/bin/python tools/validation_cost.py"
     commands = "\n".join(run["command"] for run in m.runs)
-    return f"```\n{tool} measure && {tool}\n```\n\nIt runs\n\n```\n{commands}\n```\n"
+    walk = f'{tool} measure iova_to_phys "$(.venv/bin/python -m vmtest source)"'
+    commands += f"\n{m.walk['command']}"
+    return f"```\n{tool} measure && \\\n{walk} && \\\n{tool}\n```\n\nIt runs\n\n```\n{commands}\n```\n"
 
 
 MADE: dict[str, Callable[[Measured], str]] = {
@@ -483,6 +552,7 @@ MADE: dict[str, Callable[[Measured], str]] = {
     "layouts": _layouts,
     "areas": _areas,
     "start-up": _start_up,
+    "iova_to_phys": _walk,
     "kernel": _kernel,
     "again": _again,
 }
@@ -656,6 +726,9 @@ def figure_path(name: str) -> Path:
 
 def main(words: list[str]) -> int:
     """See the module."""
+    if words[:2] == ["measure", "iova_to_phys"]:
+        measure_walk(words[2])
+        return 0
     if words[:1] == ["measure"]:
         if words[1:] != ["kernel"]:
             measure([int(word) for word in words[1:]] or range(len(COMMANDS)))
