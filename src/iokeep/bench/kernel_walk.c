@@ -9,7 +9,6 @@
 #include <linux/generic_pt/iommu.h>
 #else
 #include <linux/io-pgtable.h>
-#include <linux/sizes.h>
 #endif
 #include <linux/errno.h>
 
@@ -56,7 +55,8 @@ static const struct pt_iommu_driver_ops driver_ops = { .change_top = change_top,
 #endif
 
 /* as a driver does (drivers/iommu/intel/iommu.c, amd/iommu.c, riscv/iommu.c) */
-EXPORT int iokeep_open(unsigned long ram, u64 root, unsigned int levels, unsigned int va_lg2, unsigned int oa_lg2)
+EXPORT int iokeep_open(unsigned long ram, u64 root, unsigned int levels, unsigned int va_lg2, unsigned int oa_lg2,
+		       unsigned long granule)
 {
 	static struct iommu_domain_ops ops;
 	struct CFG cfg = {
@@ -84,11 +84,12 @@ EXPORT int iokeep_open(unsigned long ram, u64 root, unsigned int levels, unsigne
 
 static struct io_pgtable_ops *table;
 
-/* as drivers/iommu/arm/arm-smmu-v3/arm-smmu-v3.c does; page sizes: all of the 4K granule */
-EXPORT int iokeep_open(unsigned long ram, u64 root, unsigned int levels, unsigned int va_lg2, unsigned int oa_lg2)
+/* as drivers/iommu/arm/arm-smmu-v3/arm-smmu-v3.c does; of these page sizes those of the granule are taken */
+EXPORT int iokeep_open(unsigned long ram, u64 root, unsigned int levels, unsigned int va_lg2, unsigned int oa_lg2,
+		       unsigned long granule)
 {
 	struct io_pgtable_cfg cfg = {
-		.pgsize_bitmap = SZ_4K | SZ_2M | SZ_1G,
+		.pgsize_bitmap = -granule,
 		.ias = va_lg2,
 		.oas = oa_lg2,
 		.coherent_walk = true,

@@ -105,9 +105,11 @@ class KernelWalk:
         """Make a domain of the table. :raises InputError: the kernel's code refuses this configuration."""
         # A dynamic top grows to all of 64 bits.
         lg2 = 64 if fmt.name == "amdv1" else fmt.input_lg2
+        oa_lg2, granule = int(fmt.config["output_bits"]), 1 << fmt.levels[0].shift
         error = self.library.iokeep_open(
             ctypes.c_ulong(ram.bytes.ctypes.data), ctypes.c_uint64(root_pa),
-            ctypes.c_uint(len(fmt.levels)), ctypes.c_uint(lg2), ctypes.c_uint(int(fmt.config["output_bits"])),
+            ctypes.c_uint(len(fmt.levels)), ctypes.c_uint(lg2), ctypes.c_uint(oa_lg2),
+            ctypes.c_ulong(granule),
         )  # fmt: skip
         if error:
             raise InputError(f"{fmt.name}: the kernel's code makes no domain of this: errno {-error}")
