@@ -23,12 +23,12 @@ SIZE = 16 << 20
 #: granule in KiB, input and output bits; concatenated roots at stage 2 where the kernel makes them
 STAGE_1 = ((4, 39, 48), (4, 48, 48), (16, 47, 44), (16, 48, 48), (64, 48, 48), (64, 52, 52))
 STAGE_2 = (
-    (4, 40, 40), (4, 42, 42), (4, 44, 44), (4, 48, 48), (16, 40, 40), (16, 44, 44), (16, 48, 48), (64, 44, 44),
-    (64, 52, 52),
+    (4, 40, 40), (4, 42, 42), (4, 44, 44), (4, 48, 48), (16, 40, 40), (16, 44, 44), (16, 48, 48),
+    (64, 44, 44), (64, 52, 52),
 )  # fmt: skip
 
 
-def ARM(granule: int, input_bits: int, output_bits: int) -> dict[str, int]:
+def arm(granule: int, input_bits: int, output_bits: int) -> dict[str, int]:
     return {"granule": granule << 10, "input_bits": input_bits, "output_bits": output_bits}
 
 
@@ -80,8 +80,8 @@ def scattered(fmt: Format) -> Extents:
         *(("x86_64", {"levels": n}) for n in (4, 5)),
         *(("amdv1", {"levels": n}) for n in (2, 3, 4, 5, 6)),
         *(("riscv64", {"levels": n}) for n in (3, 4, 5)),
-        *(("arm_lpae_s1", ARM(*n)) for n in STAGE_1),
-        *(("arm_lpae_s2", ARM(*n)) for n in STAGE_2),
+        *(("arm_lpae_s1", arm(*n)) for n in STAGE_1),
+        *(("arm_lpae_s2", arm(*n)) for n in STAGE_2),
     ],
     ids=str,
 )  # fmt: skip

@@ -52,9 +52,12 @@ def test_what_is_no_kernel_tree_is_refused_before_anything_is_measured(tmp_path,
         assert "unpacked Linux 7.x source" in err
 
 
-def test_it_is_a_peer_in_c(tmp_path, capsys):
+def test_it_is_a_peer_in_c_of_verify(tmp_path, capsys):
     assert main([*RUN, "--no-peers", "--kernel-source", str(of(tmp_path))]) == 2
     assert "--no-peers" in capsys.readouterr().err
+    other = ["digest" if word == "verify" else word for word in RUN]
+    assert main([*other, "--kernel-source", str(tmp_path)]) == 2
+    assert "--job verify" in capsys.readouterr().err
 
 
 def test_without_a_compiler_a_word_says_so(tmp_path, monkeypatch, capsys):
@@ -63,6 +66,7 @@ def test_without_a_compiler_a_word_says_so(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "without iova_to_phys of vtdss: no C compiler" in out
     assert "numpy, iova_to_phys" not in out
+    assert "compiled with" not in out
 
 
 def test_source_that_does_not_compile_is_no_error(tmp_path, capsys):

@@ -108,6 +108,8 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError(
             "--kernel-source adds a peer in C, and --no-peers leaves them out", "give one of them"
         )
+    if args.kernel_source is not None and all(case.job != "verify" for case in chosen):
+        raise UsageError("--kernel-source adds a peer of job verify", "add --job verify")
     kernel = None if args.kernel_source is None else KernelSource.at(Path(args.kernel_source))
     progress = text.Progress(quiet=args.quiet or args.json)
     body = run(chosen, Options(args.repeat, args.threads, not args.no_peers, kernel), progress.say)
@@ -160,6 +162,7 @@ def _print(body: dict[str, Any]) -> None:
     if body["peers_missing"]:
         print(f"\nwithout the peers in C: {body['peers_missing']}")
     if source := body["kernel_source"]:
-        print(f"\niova_to_phys: Linux {source['version']}, compiled with {source['flags']}")
+        if measured:
+            print(f"\niova_to_phys: Linux {source['version']}, compiled with {source['flags']}")
         for name, why in source["missing"].items():
             print(f"without iova_to_phys of {name}: {why}")
