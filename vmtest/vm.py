@@ -139,6 +139,10 @@ class _RowsAbove:
     def data(self) -> U8:
         return self.rows.data
 
+    @property
+    def linear(self) -> bool:
+        return False
+
     def index(self, pas: U64) -> I64:
         return self.rows.index(pas - np.uint64(self.base))  # below the base it wraps, beyond the end
 

@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from table_support import SWEPT
+from table_support import SWEPT, format_id
 
+from iokeep.mem.capture import PageMemory
 from iokeep.mem.ram import Ram
-from iokeep.pt import fill, kernels, run_kernels, sum_kernels, sweep
+from iokeep.pt import descent, fill, kernels, run_kernels, sum_kernels, sweep
 from iokeep.pt.build import Table
 from iokeep.pt.compare import clip_extents
+from iokeep.pt.descent import straight
 from iokeep.pt.diff import diff
 from iokeep.pt.extents import Extents
 from iokeep.pt.leaves import extents
 from iokeep.pt.table_digest import digest
-from iokeep.pt.tables import LOOP, TableMemory, descend
+from iokeep.pt.tables import TableMemory, descend
 from iokeep.pt.verify import verify
 from iokeep.pt.walk import walk
 
@@ -172,7 +174,7 @@ def test_the_fast_way_down_says_the_same(new_table):
             path = walk(*built.args, 3 * span).steps
             _, at, item = path[-2]
             built.ram.store64(at, item ^ damage)
-            a, b = descend(tm, built.table.root_pa), descend(tm, built.table.root_pa, alike=kernels.alike)
+            a, b = descend(tm, built.table.root_pa), descend(tm, built.table.root_pa, straight=straight)
             for column in ("base", "pa", "row", "prot"):
                 assert getattr(a, column).tolist() == getattr(b, column).tolist()
             for column in ("iova", "last", "reason", "level", "at", "item"):
@@ -181,7 +183,7 @@ def test_the_fast_way_down_says_the_same(new_table):
         # A table that points to the root.
         loop = item & ~fmt.levels[1].table_pa_mask | fmt.levels[1].pa_word(built.table.root_pa, leaf=False)
         built.ram.store64(at, loop)
-        a, b = descend(tm, built.table.root_pa), descend(tm, built.table.root_pa, alike=kernels.alike)
+        a, b = descend(tm, built.table.root_pa), descend(tm, built.table.root_pa, straight=straight)
         assert a.problems.reason.tolist() == b.problems.reason.tolist()
         assert len(a.problems) == 1
 
@@ -205,40 +207,58 @@ def test_order_in_memory():
     assert ordered.tolist() == sorted(rows[chosen].tolist()) == rows[place].tolist()
 
 
-@pytest.mark.parametrize("loop", [False, True])
-def test_tables_whose_pas_look_like_those_above(loop):
-    """The filter of pages that served above says "maybe" for all, which is not yet a loop."""
-    fmt, ram, far = SWEPT[0], Ram.of(1 << 30), 1 << 29
-    top = fmt.top_level
-    pages, below = [far - 8192, far - 4096], []
+@pytest.mark.parametrize("damage", [None, "loop", "absent", "leaf", "reserved", "permission", "ghost"])
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("fmt", SWEPT, ids=format_id)
+def test_the_straight_way_down(fmt, sparse, damage):
+    """Of a tree as Linux writes it, with tables at pas whose numbers differ in high bits only; of anything
+    else it says nothing.
+    """
+    ram, unit, shift, given = Ram.of(1 << 30), fmt.table_bytes, fmt.levels[0].shift, []
 
-    def alloc(n, size=4096):
-        # The page of a table at 2**28 above the page of the table over it: the filter knows 16 bits.
-        given = [*(pages.pop() for _ in range(min(n, len(pages))))]
-        while len(given) < n:
-            given.append(4096 * (1 + len(below) // 2) + (1 << 28) * (len(below) & 1))
-            below.append(given[-1])
-        return np.array(given, np.uint64)
+    def alloc(n, size=unit):
+        if size > unit:
+            given.extend(range(3 << 28, (3 << 28) + size, unit))
+            return np.array([3 << 28], np.uint64)
+        for _ in range(n):
+            given.append(unit * (1 + len(given) // 2) + (1 << 28) * (len(given) & 1))
+        return np.array(given[-n:], np.uint64)
 
     table = Table.create(fmt, ram, alloc, lambda gone, size=0: None)
     step = 1 << (fmt.levels[1].shift + fmt.levels[1].index_bits)
     for n in range(40):
-        table.map(Extents.of([(n * step, n * step + 4095, n << 12, 3)]), max_lg2=12)
-    tm = TableMemory(fmt, ram)
-    if loop:
-        steps = walk(fmt, ram, table.root_pa, 7 * step).steps
-        ram.store64(steps[-2][1], steps[-2][2] & ~fmt.levels[1].table_pa_mask | steps[-2][1] & -4096)
-    said = []
-
-    def alike(*arguments):
-        said.append(kernels.alike(*arguments))
-        return said[-1]
-
-    a, b = descend(tm, table.root_pa), descend(tm, table.root_pa, alike=alike)
-    assert said[-1][3] is None  # too many to be named
-    assert [p.tolist() for p in a.pages] == [p.tolist() for p in b.pages]
-    assert a.problems.reason.tolist() == b.problems.reason.tolist() == ([LOOP] if loop else [])
-    assert len(a.pages) == top + 1
+        table.map(Extents.of([(n * step, n * step + (1 << shift) - 1, n << shift, 3)]), max_lg2=shift)
+    spec, steps = fmt.levels[1], walk(fmt, ram, table.root_pa, 7 * step).steps
+    item, other = steps[-2][2], {
+        None: steps[-2][2],
+        "loop": steps[-2][2] & ~spec.table_pa_mask | spec.pa_word(steps[-2][1] & -unit, leaf=False),
+        "absent": steps[-2][2] & ~spec.table_pa_mask | spec.pa_word(1 << 38, leaf=False),
+        "leaf": fmt.leaf_bits(1, 3) if spec.lg2s else 0,
+        "reserved": steps[-2][2] | spec.table_reserved & -spec.table_reserved,
+        "permission": steps[-2][2] ^ (spec.tw_mask & -spec.tw_mask),
+        "ghost": steps[-2][2] & ~spec.valid_mask,
+    }[damage]  # fmt: skip
+    ram.store64(steps[-2][1], other)
+    mem = ram
+    if sparse:
+        mem = PageMemory(np.array(given, np.uint64), ram.rows(unit).data[np.array(given) // unit])
+    tm = TableMemory(fmt, mem)
+    quick, slow = straight(tm, table.root_pa), descend(tm, table.root_pa)
+    as_written = item == other or other == 0
+    assert (quick is not None) == as_written
+    if quick is not None:
+        assert quick.alike == set(range(1, fmt.top_level + 1))
+        for name in ("base", "pa", "row", "prot"):
+            assert getattr(quick, name).tolist() == getattr(slow, name).tolist()
+            assert getattr(quick, name).dtype == getattr(slow, name).dtype
+        for name in ("pages", "bases", "prots"):
+            assert [part.tolist() for part in getattr(quick, name)] == [
+                part.tolist() for part in getattr(slow, name)
+            ]
+        assert len(slow.leaves) == len(slow.problems) == 0
+    both = descend(tm, table.root_pa, straight=straight)
+    assert both.pa.tolist() == slow.pa.tolist()
+    assert both.problems.reason.tolist() == slow.problems.reason.tolist()
 
 
 def test_threads(monkeypatch):
@@ -263,7 +283,7 @@ WORDS = {
 COLUMNS = ("iova", "last", "pa", "prot")
 #: kernels that the test below compiles
 NAMES = {
-    "_plan", "_runs", "_mixed", "_alike", "_how_many", "_owners", "_count", "_pages", "_ramps", "_frames",
+    "_plan", "_runs", "_mixed", "_below", "_note", "_owners", "_count", "_pages", "_ramps", "_frames",
     "_add_up", "read_runs", "read_pages", "write_pages", "compare_pages", "join_runs", "sum_alike",
     "sum_holed", "weigh", "sum_extents", "in_place", "_order", "_run", "link",
 }  # fmt: skip
@@ -295,7 +315,7 @@ def test_no_signed_word_and_no_float(new_table):
     seen = set()
     assert diff(*built.args, *built.args, compiled=True).equal
     extents(*built.args, compiled=True)
-    for module in (fill, kernels, run_kernels, sweep, sum_kernels):
+    for module in (descent, fill, kernels, run_kernels, sweep, sum_kernels):
         for name, called in vars(module).items():
             kernel = getattr(called, "__wrapped__", called)
             for signature in getattr(kernel, "signatures", []):

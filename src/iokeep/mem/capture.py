@@ -49,6 +49,11 @@ class PageRows:
     pas: U64
     row_bytes: int
 
+    @property
+    def linear(self) -> bool:
+        """See :attr:`iokeep.mem.memory.Rows.linear`."""
+        return False
+
     def index(self, pas: U64) -> I64:
         """See :meth:`iokeep.mem.memory.Rows.index`."""
         if not len(self.pas):

@@ -24,6 +24,11 @@ class Rows(Protocol):
         """The rows; shared with the memory."""
         ...
 
+    @property
+    def linear(self) -> bool:
+        """Row r holds memory from r * ``row_bytes``, and all of them are there."""
+        ...
+
     def index(self, pas: U64) -> I64:
         """Row of each pa (uint64[k], rounded down to ``row_bytes``); -1 where the memory is absent."""
         ...

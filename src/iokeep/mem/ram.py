@@ -19,6 +19,11 @@ class RamRows:
     data: U8
     row_bytes: int
 
+    @property
+    def linear(self) -> bool:
+        """See :attr:`iokeep.mem.memory.Rows.linear`."""
+        return True
+
     def index(self, pas: U64) -> I64:
         """See :meth:`iokeep.mem.memory.Rows.index`."""
         rows: I64 = (pas >> np.uint64(self.row_bytes.bit_length() - 1)).view(np.int64)

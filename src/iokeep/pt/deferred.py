@@ -282,8 +282,8 @@ class Deferred:
         owned = self._owned()
         try:
             tm = self._memory()
-            alike = kernels_down(self._compiled)
-            upper = descend(tm, self.root_pa, alike=alike, known=lambda tables: only_leaves(tm, tables))
+            straight = kernels_down(self._compiled)
+            upper = descend(tm, self.root_pa, straight=straight, known=lambda tables: only_leaves(tm, tables))
             bad = unfit(tm, upper, owned)
         except IokeepError:
             self._owned = None

@@ -106,7 +106,7 @@ class _Side:
     def of(cls, fmt: Format, mem: Memory, root_pa: int, compiled: bool | None) -> _Side:
         tm = TableMemory(fmt, mem)
         large = LargeRuns(tm, compiled, None)
-        return cls(tm, descend(tm, root_pa, alike=kernels_down(compiled), known=large), large)
+        return cls(tm, descend(tm, root_pa, straight=kernels_down(compiled), known=large), large)
 
     def rest(self, runs: Runs, left: I64) -> tuple[Extents, Traits] | None:
         """What the tables that are runs, those ``left`` and the leaves above say; None = some are unsound."""

@@ -22,7 +22,6 @@ from iokeep.mem.memory import I64, U8, U64
 from iokeep.pt.choice import jit
 
 _ZERO = np.uint64(0)
-_ONE = np.uint64(1)
 _PAGE = np.uint64(12)
 I32 = NDArray[np.int32]
 #: tables lie close together where so many times their memory holds them all
@@ -138,96 +137,6 @@ def in_memory_order(row: I64, chosen: I64 | None = None) -> tuple[I64, I64]:
         shift = max((high - low).bit_length() - n.bit_length() - 1, 0)
         _count(rows, low, shift, np.zeros(((high - low) >> shift) + 1, np.int64), place, ordered)
     return (place if chosen is None else chosen[place]), ordered
-
-
-@compiled
-def _how_many(items: U64, row: I64, ref: np.uint64, same: np.uint64) -> int:
-    """Items that are there of the tables in ``row``; -1 = one differs from ``ref`` in the bits ``same``."""
-    size = np.uint64(items.shape[1])
-    n = 0
-    for t in range(len(row)):
-        table = items[row[t]]
-        count, wrong = _ZERO, _ZERO
-        for i in range(size):
-            word = table[i]
-            there = _ONE if word != _ZERO else _ZERO
-            count += there
-            wrong |= (word ^ ref) & (_ZERO - there)
-        if wrong & same != _ZERO:
-            return -1
-        n += int(count)
-    return n
-
-
-@compiled
-def _alike(
-    items: U64,
-    row: I64,
-    base: U64,
-    prot: U8,
-    masks: U64,
-    may: NDArray[np.bool_],
-    iova: U64,
-    pa: U64,
-    grants: U8,
-    hits: I64,
-) -> int:
-    """See :func:`alike`. ``hits`` gets the first places of those that may be in the filter.
-
-    :return: how many are.
-    """
-    shift, pa_mask, pa_shift = masks[0], masks[1], masks[2]
-    low = np.uint64(len(may) - 1)
-    n, found = 0, 0
-    size = np.uint64(items.shape[1])
-    for t in range(len(row)):
-        table = items[row[t]]
-        start, grant = base[t], prot[t]
-        holes, hit = _ZERO, False
-        if n + len(table) <= len(pa):  # no hole and none in the filter, most likely: without a branch
-            i_out, p_out, g_out = iova[n : n + len(table)], pa[n : n + len(table)], grants[n : n + len(table)]
-            for i in range(size):
-                word = table[i]
-                holes |= _ONE if word == _ZERO else _ZERO
-                i_out[i] = start + (i << shift)
-                p_out[i] = (word & pa_mask) << pa_shift
-                g_out[i] = grant
-            if holes == _ZERO:
-                for i in range(size):
-                    hit |= may[(p_out[i] >> _PAGE) & low]
-                if not hit:
-                    n += len(table)
-                    continue
-        for i in range(size):
-            word = table[i]
-            if word != _ZERO:
-                to = (word & pa_mask) << pa_shift
-                if may[(to >> _PAGE) & low]:
-                    if found < len(hits):
-                        hits[found] = n
-                    found += 1
-                iova[n] = start + (i << shift)
-                pa[n] = to
-                grants[n] = grant
-                n += 1
-    return found
-
-
-def alike(
-    items: U64, row: I64, base: U64, prot: U8, ref: int, same: int, shift: int, pa_mask: int, pa_shift: int,
-    may: NDArray[np.bool_], limit: int,
-) -> tuple[U64, U64, U8, I64 | None] | None:  # fmt: skip
-    """The tables that items point to, all of which agree with ``ref`` in the bits ``same``; see
-    ``tables.Alike``.
-    """
-    n = _how_many(items, row, np.uint64(ref), np.uint64(same))
-    if not 0 <= n <= limit:
-        return None
-    iova, pa, grants = np.empty(n, np.uint64), np.empty(n, np.uint64), np.empty(n, np.uint8)
-    hits = np.empty(n // 8 + 1, np.int64)
-    masks = np.array([shift, pa_mask, pa_shift], np.uint64)
-    found = _alike(items, row, base, prot, masks, may, iova, pa, grants, hits)
-    return iova, pa, grants, hits[:found] if found <= len(hits) else None
 
 
 @compiled

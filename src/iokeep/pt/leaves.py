@@ -15,9 +15,9 @@ from iokeep.pt.extents import U8, U64, Extents
 from iokeep.pt.formats.base import Format
 from iokeep.pt.states import RUN
 from iokeep.pt.tables import (
-    Alike,
     Items,
     Problems,
+    Straight,
     TableMemory,
     Tables,
     Upper,
@@ -161,13 +161,13 @@ def by_kernels(tables: int, asked: bool | None, cold: int = COMPILED_COLD) -> bo
     return worth_compiled(asked, "run_kernels", tables, COMPILED_WARM, cold)
 
 
-def kernels_down(asked: bool | None) -> Alike | None:
+def kernels_down(asked: bool | None) -> Straight | None:
     """The compiled way through upper tables, where it costs no start of Numba."""
     if asked is False or (asked is None and not loaded("kernels")):
         return None
-    from iokeep.pt.kernels import alike
+    from iokeep.pt.descent import straight
 
-    return alike
+    return straight
 
 
 class LargeRuns:
@@ -216,7 +216,7 @@ def extents(
     """
     tm = TableMemory(fmt, mem)
     large = LargeRuns(tm, compiled, threads)
-    upper = descend(tm, root_pa, alike=kernels_down(compiled), known=large)
+    upper = descend(tm, root_pa, straight=kernels_down(compiled), known=large)
     raise_unreadable(fmt, upper.problems)
     parts = large.extents()
     problems = [upper.problems]

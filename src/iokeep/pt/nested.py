@@ -181,6 +181,11 @@ class GuestRows:
         """See :class:`iokeep.mem.memory.Rows`."""
         return self.below.data
 
+    @property
+    def linear(self) -> bool:
+        """See :attr:`iokeep.mem.memory.Rows.linear`."""
+        return False
+
     def index(self, pas: U64) -> I64:
         """See :meth:`iokeep.mem.memory.Rows.index`; ``pas`` are gpas. -1 also where stage 2 denies it."""
         if self.stage_two.gathered is None:

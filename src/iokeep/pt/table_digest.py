@@ -37,7 +37,7 @@ def digest(
     out = Digest(key)
     tm = TableMemory(fmt, mem)
     large = LargeRuns(tm, compiled, threads)
-    upper = descend(tm, root_pa, alike=kernels_down(compiled), known=large)
+    upper = descend(tm, root_pa, straight=kernels_down(compiled), known=large)
     raise_unreadable(fmt, upper.problems)
     for found in (*large.extents(), Leaves.of(fmt, upper.leaves).extents()):
         out.add(found)

@@ -482,73 +482,12 @@ def _classify(
     return leaves, below, target, Problems.join(problems)
 
 
-#: (rows of items, row of each of some tables, their raw base IOVAs and grants, an item, which bits of all
-#: others must be as in it, log2 of the bytes that an item maps, mask and shift of a table's pa, a filter of
-#: pages, how many may be there) -> raw IOVA, pa and grants of the table that each item points to, where it is
-#: not 0, and the places of those that may be in the filter, None = they are many (``kernels.alike``). None =
-#: an item is different, or there are too many.
-Alike = Callable[
-    [U64, I64, U64, U8, int, int, int, int, int, NDArray[np.bool_], int],
-    tuple[U64, U64, U8, I64 | None] | None,
-]
 #: which of some tables hold nothing but leaves that are known already
 Known = Callable[[Tables], NDArray[np.bool_]]
+#: what :func:`descend` says of a whole tree, or None (``descent.straight``)
+Straight = Callable[[TableMemory, int], "Upper | None"]
 #: bits of a page number that a filter of pages knows
 _FILTER = 16
-#: so few values are searched for sooner than a filter is made
-_FEW = 1 << 10
-
-
-def _filter_of(pages: U64) -> NDArray[np.bool_]:
-    """bool[65536]: False at the low bits of a page number = that page is not among ``pages``."""
-    may = np.zeros(1 << _FILTER, np.bool_)
-    may[(pages >> np.uint64(12)) & np.uint64((1 << _FILTER) - 1)] = True
-    return may
-
-
-def _all_below(
-    tm: TableMemory,
-    level: int,
-    root_pa: int,
-    above: tuple[U64, U64, U8, I64],
-    alike: Alike,
-    seen: U64,
-    limit: int,
-) -> tuple[U64, U64, U8, I64 | None] | None:
-    """The tables below all tables of a level (base, pa, prot, row) that hold nothing but sound table items
-    which grant the same: see ``Alike``, with ``seen`` as the filter. None = they hold something else.
-    """
-    spec = tm.fmt.levels[level]
-    base, _, prot, row = above
-    if spec.pa_pieces or not tm.plains[level] or not len(base):
-        return None
-    if level == tm.fmt.top_level:
-        items, row = tm.root(root_pa), np.zeros(1, np.int64)
-    elif tm.parts[level] == 1:
-        items = tm.view(level).data.view(np.uint64)
-    else:
-        items, row = tm.items(row, level), np.arange(len(row))
-    first = items[row[0]]
-    one = int(first[int((first != 0).argmax())])  # 0 = none is there
-    grants = _grants(tm, level, one)
-    same = ~(spec.table_pa_mask | spec.table_ignored) & (2**64 - 1)
-    told = all(mask & ~same == 0 for mask, _, _ in spec.next_levels)
-    if grants is None or not told or spec.next_level(one, level) != level - 1:
-        return None
-    mask, shift, may = spec.table_pa_mask, spec.pa_shift, _filter_of(seen)
-    return alike(items, row, base, prot & np.uint8(grants), one, same, spec.shift, mask, shift, may, limit)
-
-
-def _grants(tm: TableMemory, level: int, item: int) -> int | None:
-    """What a sound table item lets pass; None = it is no such item."""
-    spec = tm.fmt.levels[level]
-    if not (item & tm.fmt.occupied(level) if tm.linux else spec.is_present(item)) or spec.is_leaf(item):
-        return None
-    if not tm.linux and (
-        spec.bad_table(item) is not None or item & spec.table_attrs != spec.table_attrs_value
-    ):
-        return None
-    return int(item & spec.tr_mask == spec.tr_value) | int(item & spec.tw_mask == spec.tw_value) << 1
 
 
 def _classified(
@@ -646,12 +585,12 @@ def descend(
     root_pa: int,
     start: int = 0,
     last: int | None = None,
-    alike: Alike | None = None,
+    straight: Straight | None = None,
     known: Known | None = None,
 ) -> Upper:
     """Everything above the tables of level 0 that touches the raw IOVAs [start, last].
 
-    :param alike: a compiled fast path for tables of alike items; the result is the same.
+    :param straight: the compiled way down a whole tree; the result is the same.
     :param known: asked about tables above level 0 that have leaves: where it says yes, leaves are left out.
         Not asked below a level where anything is wrong, nor for a range.
     :raises MemoryAbsent: the root is absent. (An absent table below is a problem of the result.)
@@ -659,6 +598,10 @@ def descend(
     """
     fmt = tm.fmt
     whole = start == 0 and last is None
+    if whole and straight is not None:
+        upper = straight(tm, root_pa)
+        if upper is not None:
+            return upper
     end = (1 << fmt.input_lg2) - 1 if last is None else last
     #: per level: its tables, from each level above
     waiting: list[list[tuple[int, _Below]]] = [[] for _ in fmt.levels]
@@ -668,42 +611,24 @@ def descend(
     seen = units_of(tm, fmt.top_level, pa)
     leaves: list[Items] = []
     problems: list[Problems] = []
-    same_items: list[int] = []
     limit = tm.capacity + SHARED_LIMIT
     for level in range(fmt.top_level, 0, -1):
         above = base, pa, prot, row
-        quick, hits, one_unit = None, None, False
-        if alike is not None and whole and not waiting[level - 1]:
-            quick = _all_below(tm, level, root_pa, above, alike, seen, limit)
-        if quick is not None:
-            base, pa, prot, hits = quick
-            same_items.append(level)
-            # Where no table is of several units, those that may have served before are known.
-            one_unit = fmt.bytes_of(level - 1) <= min(fmt.bytes_of(n) for n in range(fmt.top_level))
-            item = at = source = None
-        else:
-            if known is not None and whole and not problems:
-                above = _unknown(tm, level, above, known)
-            found, bad = _classified(tm, level, root_pa, above, (start, end, whole), waiting, limit)
-            leaves += found
-            problems += bad
-            base, pa, prot, item, at, source = _sorted_below(waiting[level - 1])
+        if known is not None and whole and not problems:
+            above = _unknown(tm, level, above, known)
+        found, bad = _classified(tm, level, root_pa, above, (start, end, whole), waiting, limit)
+        leaves += found
+        problems += bad
+        base, pa, prot, item, at, source = _sorted_below(waiting[level - 1])
         waiting[level - 1] = []
         row = tm.index(level - 1, pa)
         # A page that serves at two levels is a loop.
-        loop, absent = np.zeros(0, np.bool_), row < 0
-        fresh = hits is not None and one_unit and not absent.any()
-        if not fresh or hits is None or bool(_among(units_of(tm, level - 1, pa[hits]), seen).any()):
-            units = units_of(tm, level - 1, pa)
-            loop = _among(units, seen)
-            if len(units) != len(pa):
-                loop = np.asarray(loop.reshape(len(pa), -1).any(axis=1), np.bool_)
-            absent &= ~loop
+        units = units_of(tm, level - 1, pa)
+        loop = _among(units, seen)
+        if len(units) != len(pa):
+            loop = np.asarray(loop.reshape(len(pa), -1).any(axis=1), np.bool_)
+        absent = (row < 0) & ~loop
         if loop.any() or absent.any():
-            if item is None or at is None or source is None:
-                _classified(tm, level, root_pa, above, (start, end, whole), waiting, limit)
-                _, _, _, item, at, source = _sorted_below(waiting[level - 1])
-                waiting[level - 1] = []
             bad_rows = loop | absent
             where = base[bad_rows]
             # A table that skips levels covers less than the item that leads to it.
@@ -730,9 +655,8 @@ def descend(
     if fmt.top_level == 0:  # a tree of one table: the root is level 0
         tm.root(root_pa)
         row = tm.index(0, pa)
-    upper = Items.join(leaves, sort=len(leaves) > 1)
-    wrong = Problems.join(problems)
-    return Upper(upper, base, pa, row, prot, wrong, pages, bases, prots, frozenset(same_items))
+    upper_leaves = Items.join(leaves, sort=len(leaves) > 1)
+    return Upper(upper_leaves, base, pa, row, prot, Problems.join(problems), pages, bases, prots)
 
 
 def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
@@ -755,19 +679,14 @@ def _among(values: U64, known: U64) -> NDArray[np.bool_]:
     """Which values are among the sorted ``known``. Most are not, and a small table of page numbers' low bits
     says so without a search.
     """
-    if len(values) <= _FEW:
-        return _searched(values, known)
-    low = np.uint64((1 << _FILTER) - 1)
-    out = np.take(_filter_of(known), ((values >> np.uint64(12)) & low).view(np.int64), mode="clip")
+    low, may = np.uint64((1 << _FILTER) - 1), np.zeros(1 << _FILTER, np.bool_)
+    may[(known >> np.uint64(12)) & low] = True
+    out = np.take(may, ((values >> np.uint64(12)) & low).view(np.int64), mode="clip")
     some = np.flatnonzero(out)
     if len(some):
-        out[some] = _searched(values[some], known)
+        place = np.minimum(np.searchsorted(known, values[some]), len(known) - 1)
+        out[some] = known[place] == values[some]
     return out
-
-
-def _searched(values: U64, known: U64) -> NDArray[np.bool_]:
-    place = np.minimum(np.searchsorted(known, values), len(known) - 1)
-    return np.asarray(known[place] == values, np.bool_)
 
 
 def units_of(tm: TableMemory, level: int, pas: U64) -> U64:

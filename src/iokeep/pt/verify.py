@@ -594,7 +594,7 @@ def verify(
     above = _Above(tm, expected, compiled, threads)
     if whole:
         plain = attributes is None and expected.attrs is None  # else every leaf is looked at
-        upper = descend(tm, root_pa, alike=kernels_down(compiled), known=above if plain else None)
+        upper = descend(tm, root_pa, straight=kernels_down(compiled), known=above if plain else None)
     else:
         if not 0 <= start <= end <= _MAX or layout is not None:
             raise ValueError(f"[{start:#x}, {end:#x}] is no range, or has a layout to compare")
