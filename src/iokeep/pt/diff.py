@@ -16,7 +16,6 @@ from iokeep.pt.extents import PROT_R, PROT_W, Extents
 from iokeep.pt.formats.base import Format
 from iokeep.pt.layout import Layout, compare_layouts
 from iokeep.pt.leaves import LargeRuns, Leaves, by_kernels, extents, join_extents, kernels_down
-from iokeep.pt.states import OTHER
 from iokeep.pt.tables import (
     ATTRS,
     REASONS,
@@ -31,7 +30,7 @@ from iokeep.pt.traits import Traits
 from iokeep.pt.verify import verify
 
 if TYPE_CHECKING:
-    from iokeep.pt.runs import Runs
+    from iokeep.pt.runs import OneRange, Runs
 
 #: tables of both sides from so many bytes on are worth the start of compiled code: NumPy compares runs and
 #: pages well, and what is neither is the general code's in any case
@@ -108,7 +107,7 @@ class _Side:
         large = LargeRuns(tm, compiled, None)
         return cls(tm, descend(tm, root_pa, straight=kernels_down(compiled), known=large), large)
 
-    def rest(self, runs: Runs, left: I64) -> tuple[Extents, Traits] | None:
+    def rest(self, runs: Runs | OneRange, left: I64) -> tuple[Extents, Traits] | None:
         """What the tables that are runs, those ``left`` and the leaves above say; None = some are unsound."""
         fmt, spec, upper = self.tm.fmt, self.tm.fmt.levels[0], self.upper
         pieces, traits = (
@@ -126,9 +125,9 @@ class _Side:
         return join_extents([p for p in pieces if len(p)]), Traits.join([t for t in traits if len(t)])
 
 
-def _paired(a: _Side, runs_a: Runs, b: _Side, runs_b: Runs) -> tuple[I64, I64]:
+def _paired(runs_a: Runs | OneRange, runs_b: Runs | OneRange) -> tuple[I64, I64]:
     """Positions of the tables of both sides that are no runs and map the same IOVAs."""
-    of_a, of_b = np.flatnonzero(runs_a.state == OTHER), np.flatnonzero(runs_b.state == OTHER)
+    of_a, of_b = runs_a.others(), runs_b.others()
     base_a, base_b = runs_a.base[of_a], runs_b.base[of_b]
     if np.array_equal(base_a, base_b):
         return of_a, of_b
@@ -147,14 +146,15 @@ def _equal(a: _Side, b: _Side, limit: int, threads: int | None, *, compiled: boo
         return None
     of_a, of_b = a.upper.tables(fmt_a), b.upper.tables(fmt_b)
     if fmt_a == fmt_b and not runs.likely(a.tm, of_a) and not runs.likely(b.tm, of_b):
-        runs_a, runs_b = runs.unread(of_a), runs.unread(of_b)  # pages, of which each is read once
+        runs_a: Runs | OneRange = runs.unread(of_a)
+        runs_b: Runs | OneRange = runs.unread(of_b)  # pages, of which each is read once
     else:
         runs_a = runs.runs_of(a.tm, of_a, threads, compiled=compiled)
         runs_b = runs.runs_of(b.tm, of_b, threads, compiled=compiled)
-    left_a, left_b = np.flatnonzero(runs_a.state == OTHER), np.flatnonzero(runs_b.state == OTHER)
+    left_a, left_b = runs_a.others(), runs_b.others()
     pages = 0
     if fmt_a == fmt_b and len(left_a) and len(left_b):
-        at_a, at_b = _paired(a, runs_a, b, runs_b)
+        at_a, at_b = _paired(runs_a, runs_b)
         if len(at_a):
             pair = (a.tm, of_a, at_a, b.tm, of_b, at_b)
             same, pages = runs.same_pages(*pair, threads, compiled=compiled)

@@ -96,7 +96,7 @@ class _Keys:
         if len(key) != KEY_BYTES:
             raise ValueError(f"a digest key has {KEY_BYTES} bytes, not {len(key)}")
         stream = hashlib.shake_256(_PERSON + key).digest(8 * (4 * _SLOTS + 2))
-        words = np.frombuffer(stream, "<u8").astype(np.uint64)
+        words = np.frombuffer(stream, "<u8").astype(np.uint64, copy=False)
         odd = (words[: 4 * _SLOTS] | _u(1)).reshape(2, 2, _SLOTS)
         page, table = odd[:, 0], odd[:, 1]
         slot = np.arange(_SLOTS, dtype=np.uint64)

@@ -27,7 +27,7 @@ from iokeep.pt.tables import (
 )
 
 if TYPE_CHECKING:
-    from iokeep.pt.runs import Runs
+    from iokeep.pt.runs import OneRange, Runs
     from iokeep.pt.traits import Traits
 
 #: tables from so many bytes on are read by compiled code, where it is loaded and where it is not
@@ -178,7 +178,7 @@ class LargeRuns:
 
     def __init__(self, tm: TableMemory, compiled: bool | None, threads: int | None) -> None:
         self.tm, self.compiled, self.threads = tm, compiled, threads
-        self.found: list[Runs] = []
+        self.found: list[Runs | OneRange] = []
 
     def __call__(self, tables: Tables) -> NDArray[np.bool_]:
         """Which tables are such a run."""

@@ -200,6 +200,25 @@ def compare_pages(
 
 
 @compiled
+def all_in_line(place: I64, head: U64, state: U8, above: U8, full: np.uint64, rise: np.uint64) -> bool:
+    """All tables are RUN and are granted the same, and of their first items each is larger by ``rise`` than
+    that of the table before, in the bits ``full``.
+
+    :param place: of each, among all of them. :param above: in any order.
+    """
+    first, grant = _ZERO, above[0]
+    for k in range(len(place)):
+        if place[k] == 0:
+            first = head[k]
+            break
+    wrong, other = _ZERO, False
+    for k in range(len(place)):
+        wrong |= head[k] ^ (first + np.uint64(place[k]) * rise)
+        other |= (state[k] != RUN) | (above[k] != grant)
+    return wrong & full == _ZERO and not other
+
+
+@compiled
 def in_place(place: I64, head: U64, state: U8, all_heads: U64, all_states: U8) -> None:
     """What was read in the order of memory, put where it belongs. A loop that reads tables would do so
     slowly: they drive the columns out of the caches.
@@ -223,18 +242,6 @@ def join_runs(
     """
     sort, want, pa_mask, pa_shift = masks[0], masks[1], masks[2], masks[3]
     whole, span, outside = masks[4], masks[5], masks[6]
-    # One range, most likely: without a branch.
-    step, begin, to_begin = span + _ONE, base[0], ((head[0] & pa_mask) << pa_shift) & whole
-    wrong, other = _ZERO, False
-    for t in range(np.uint64(len(base))):
-        to = ((head[t] & pa_mask) << pa_shift) & whole
-        wrong |= (base[t] - (begin + t * step)) | (to - (to_begin + t * step))
-        wrong |= ((head[t] ^ want) & sort) | ((to + span) & outside)
-        other |= (state[t] != RUN) | (above[t] != grant[0])
-    end = np.uint64(len(base)) * step - _ONE
-    if wrong == _ZERO and not other and to_begin + end >= to_begin and len(iova) > 0:
-        iova[0], last[0], pa[0] = begin, begin + end, to_begin
-        return 1
     count = 0
     next_iova, next_pa = _ZERO, _ZERO
     for t in range(len(base)):

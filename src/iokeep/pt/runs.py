@@ -239,6 +239,10 @@ class Runs:
     mean: Means
     joined: tuple[U64, U64, U64] | None = None
 
+    def others(self) -> I64:
+        """Positions of those that are something else."""
+        return np.flatnonzero(self.state == OTHER)
+
     @property
     def prot(self) -> U8:
         """What each that is RUN grants."""
@@ -284,6 +288,45 @@ class Runs:
         return Traits.join([Traits(iova, last, *columns)])
 
 
+@dataclass(frozen=True, slots=True)
+class OneRange:
+    """As :class:`Runs`, where all tables are RUN and one range together.
+
+    :param base: of each. :param first: :param last: :param pa: of the range. :param mean: what each means.
+    """
+
+    level: int
+    base: U64
+    first: int
+    last: int
+    pa: int
+    mean: _Mean
+
+    @property
+    def state(self) -> U8:
+        """RUN for each."""
+        return np.full(len(self.base), RUN, np.uint8)
+
+    def others(self) -> I64:
+        """There are none."""
+        return np.zeros(0, np.int64)
+
+    def extents(self, spec: LevelSpec) -> Extents:
+        """As :meth:`Runs.extents`."""
+        prot = self.mean[2]
+        return Extents.of([(self.first, self.last, self.pa, prot)] if prot else [])
+
+    def traits(self, spec: LevelSpec) -> Traits:
+        """As :meth:`Runs.traits`."""
+        _, lg2, prot, word, said, keep = self.mean
+        ends, said_of = (
+            np.array([[self.first], [self.last]], np.uint64),
+            np.array([[word], [said]], np.uint64),
+        )
+        small = np.array([[lg2], [self.level], [prot != 0], [keep]], np.uint8)
+        return Traits(ends[0], ends[1], small[0], small[1], said_of[0], said_of[1], small[2], small[3])
+
+
 def _ends(
     base: U64, span: np.uint64, kind: U8 | NDArray[np.int16], pa: U64 | None = None
 ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -299,7 +342,9 @@ def _ends(
     return np.concatenate((np.zeros(1, np.intp), inner + 1)), np.append(inner, len(base) - 1)
 
 
-def runs_of(tm: TableMemory, tables: Tables, threads: int | None = None, *, compiled: bool = True) -> Runs:
+def runs_of(
+    tm: TableMemory, tables: Tables, threads: int | None = None, *, compiled: bool = True
+) -> Runs | OneRange:
     """Read tables once, in the order in which they lie in memory, as far as they are runs of leaves.
 
     :param compiled: by Numba; else by NumPy, in the order of IOVAs. :param threads: of the former.
@@ -320,6 +365,9 @@ def runs_of(tm: TableMemory, tables: Tables, threads: int | None = None, *, comp
             read_runs(items, rows[a:b], sized, some_masks, head[a:b], state[a:b])
 
         over_threads(work, n, tm.fmt.bytes_of(level), threads)
+        line = _one_range(tm, tables, place, head, state)
+        if line is not None:
+            return line
         if rows is not tables.row:
             read = head, state
             head, state = np.empty(n, np.uint64), np.empty(n, np.uint8)
@@ -352,6 +400,53 @@ def _outside(spec: LevelSpec) -> np.uint64:
     return np.uint64(~spec.leaf_pa(_MAX) & ~((1 << spec.shift) - 1) & _MAX)
 
 
+def _sort_of(tm: TableMemory, level: int, head: U64, above: int) -> tuple[int, int, _Mean]:
+    """Of a table that is RUN, by its first item: bits that say of which sort it is, their value, and what it
+    means.
+    """
+    spec = tm.fmt.levels[level]
+    sort = _same(spec)
+    if spec.contig and _marked(spec, head)[0]:
+        sort |= int(_inner(spec))
+    key = int(head[0]) & sort
+    return sort, key, _mean_one(tm, level, key, above, run=True)
+
+
+def _one_range(tm: TableMemory, tables: Tables, place: I64, head: U64, state: U8) -> OneRange | None:
+    """Tables that are one range, as most are: found in the order of memory, as they were read. None = they
+    are not.
+
+    :param place: of what was read among the ``tables``.
+    """
+    from iokeep.pt.run_kernels import all_in_line
+
+    level, n, spec = tables.level, len(tables), tm.fmt.levels[tables.level]
+    span, outside = spec.items << spec.shift, int(_outside(spec))
+    # Bits that no pa has must be all above some bit: else a range may have them inside.
+    if (
+        not n
+        or int(tables.base[-1]) - int(tables.base[0]) != (n - 1) * span
+        or outside & -outside != -outside % 2**64
+    ):
+        return None
+    rise = span >> spec.pa_shift
+    full = np.uint64(_same(spec) | spec.leaf_pa_mask)
+    if not all_in_line(place, head, state, tables.above, full, np.uint64(rise)):
+        return None
+    first = tm.view(level).data.view(np.uint64)[tables.row[0], :1]
+    sort, _, mean = _sort_of(tm, level, first, int(tables.above[0]))
+    pa = spec.leaf_pa(int(first[0]))
+    pa &= ~((1 << mean[1]) - 1)
+    if (
+        not mean[0]
+        or sort & spec.leaf_pa_mask & -rise
+        or (pa + n * span - 1) & outside
+        or pa + n * span > 2**64
+    ):
+        return None
+    return OneRange(level, tables.base, int(tables.base[0]), int(tables.base[-1]) + span - 1, pa, mean)
+
+
 def _all_joined(tm: TableMemory, tables: Tables, head: U64, state: U8) -> Runs | None:
     """Tables that are all of one sort, as most are, in one loop; None = they are not."""
     from iokeep.pt.run_kernels import join_runs
@@ -361,11 +456,8 @@ def _all_joined(tm: TableMemory, tables: Tables, head: U64, state: U8) -> Runs |
     at = int((state == RUN).argmax()) if n and state[0] != RUN else 0
     if not n or state[at] != RUN:
         return None
-    one, grant, sort = head[at : at + 1], tables.above[at : at + 1], _same(spec)
-    if spec.contig and _marked(spec, one)[0]:
-        sort |= int(_inner(spec))
-    key = int(one[0]) & sort
-    mean = _mean_one(tm, level, key, int(grant[0]), run=True)
+    grant = tables.above[at : at + 1]
+    sort, key, mean = _sort_of(tm, level, head[at : at + 1], int(grant[0]))
     if not mean[0]:
         return None
     whole = ~((1 << mean[1]) - 1) & _MAX if spec.contig else _MAX
@@ -423,8 +515,8 @@ def extents_of(
     """
     fmt, spec = tm.fmt, tm.fmt.levels[0]
     runs = runs_of(tm, tables, threads, compiled=compiled)
-    other = np.flatnonzero(runs.state == OTHER)
-    if not len(other) or not compiled:
+    other = runs.others()
+    if isinstance(runs, OneRange) or not len(other) or not compiled:
         return runs.extents(spec), other
     from iokeep.pt.kernels import in_memory_order, over_threads
     from iokeep.pt.run_kernels import read_pages, write_pages
@@ -480,7 +572,7 @@ def extents_of(
         )  # fmt: skip
 
     over_threads(write, len(rows), fmt.table_bytes * 4, threads)
-    return out, np.flatnonzero(runs.state == OTHER)
+    return out, runs.others()
 
 
 def _columns(n: int) -> Extents:

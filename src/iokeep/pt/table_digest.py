@@ -11,7 +11,6 @@ from iokeep.pt.digest import Digest, fold
 from iokeep.pt.extents import U8, U64, Extents
 from iokeep.pt.formats.base import Format
 from iokeep.pt.leaves import PLAIN_TABLES, LargeRuns, Leaves, kernels_down
-from iokeep.pt.states import OTHER
 from iokeep.pt.tables import TableMemory, descend, expand, raise_unreadable
 
 #: tables from so many bytes on are summed by compiled code, where it is loaded and where it is not
@@ -54,7 +53,7 @@ def digest(
             if not blocks or runs.likely(tm, tables):  # a table that is one run costs no sum
                 read = runs.runs_of(tm, tables, threads, compiled=compiled)
                 out.add(read.extents(spec), compiled=compiled)
-                left = np.flatnonzero(read.state == OTHER)
+                left = read.others()
             if blocks and len(left):
                 left = sums.add_tables(out, tm, upper, left, threads, compiled=compiled)
     parts = (upper.base[left], upper.pa[left], upper.row[left], upper.prot[left])
