@@ -130,7 +130,7 @@ def _paired(runs_a: Runs | OneRange, runs_b: Runs | OneRange) -> tuple[I64, I64]
     of_a, of_b = runs_a.others(), runs_b.others()
     base_a, base_b = runs_a.base[of_a], runs_b.base[of_b]
     if np.array_equal(base_a, base_b):
-        return of_a, of_b
+        return of_a, of_a if np.array_equal(of_a, of_b) else of_b
     _, at_a, at_b = np.intersect1d(base_a, base_b, assume_unique=True, return_indices=True)
     return of_a[at_a], of_b[at_b]
 
@@ -158,8 +158,11 @@ def _equal(a: _Side, b: _Side, limit: int, threads: int | None, *, compiled: boo
         if len(at_a):
             pair = (a.tm, of_a, at_a, b.tm, of_b, at_b)
             same, pages = runs.same_pages(*pair, threads, compiled=compiled)
-            left_a = np.setdiff1d(left_a, at_a[same], assume_unique=True)
-            left_b = np.setdiff1d(left_b, at_b[same], assume_unique=True)
+            if same.all() and len(same) == len(left_a) == len(left_b):
+                left_a = left_b = left_a[:0]
+            else:
+                left_a = np.setdiff1d(left_a, at_a[same], assume_unique=True)
+                left_b = np.setdiff1d(left_b, at_b[same], assume_unique=True)
     if len(left_a) + len(left_b) > _LEFT and len(left_a) + len(left_b) > len(runs_a.base) // 8:
         return None
     said_a, said_b = a.rest(runs_a, left_a), b.rest(runs_b, left_b)

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from iokeep.mem.memory import I64, U8, U64
 from iokeep.pt.extents import Extents
-from iokeep.pt.formats.base import Format, LevelSpec
+from iokeep.pt.formats.base import LevelSpec
+from iokeep.pt.memo import Memo
 from iokeep.pt.states import EMPTY, OTHER, PAGES, RUN
 from iokeep.pt.tables import TableMemory, Tables, leaves_of
 from iokeep.pt.traits import Attributes, Traits
@@ -103,9 +104,8 @@ _Mean = tuple[bool, int, int, int, int, int]
 _NOTHING: _Mean = (False, 0, 0, 0, 0, 0)
 
 
-#: what sorts of items mean, by format and level, what is granted above, and whether it is a run; the formats
-#: are kept so that an id stands for one
-_KNOWN: dict[tuple[int, int, int, int, bool], tuple[Format, _Mean]] = {}
+#: what sorts of items mean: by level and item, what is granted above, and whether it is a run
+_KNOWN: Memo[_Mean] = Memo(4 * _SORTS)
 
 
 def _mean_one(tm: TableMemory, level: int, key: int, above: int, run: bool) -> _Mean:
@@ -113,13 +113,7 @@ def _mean_one(tm: TableMemory, level: int, key: int, above: int, run: bool) -> _
 
     :param key: an item of this sort whose OA is 0, or its place in a contiguous entry.
     """
-    place = id(tm.fmt), level, key, above, run
-    known = _KNOWN.get(place)
-    if known is None:
-        if len(_KNOWN) >= 4 * _SORTS:
-            _KNOWN.clear()
-        known = _KNOWN[place] = tm.fmt, _read_one(tm, level, key, above, run)
-    return known[1]
+    return _KNOWN.get(tm.fmt, (level, key, above, run), lambda: _read_one(tm, level, key, above, run))
 
 
 def _read_one(tm: TableMemory, level: int, head: int, above: int, run: bool) -> _Mean:
@@ -182,9 +176,9 @@ def means(
     if chosen is not None:
         head, above = head[chosen], above[chosen]
     key = _keys(spec, head, run)
-    for grants in range(4) if len(head) else ():
-        of = above == grants
-        mine = None if bool(of.all()) else np.flatnonzero(of)
+    few = range(int(above.min()), int(above.max()) + 1) if len(head) else range(0)
+    for grants in few:
+        mine = None if len(few) == 1 else np.flatnonzero(above == grants)
         if mine is not None and not len(mine):
             continue
         keys = key if mine is None else key[mine]
@@ -608,9 +602,11 @@ def same_pages(
 
         # In the order of one of both; the other is read as it comes.
         place, rows = in_memory_order(of_a.row, at_a)
-        to = np.empty(len(of_a), np.int64)
-        to[at_a] = at_b
-        partner = to[place]
+        partner = place
+        if at_a is not at_b:
+            to = np.empty(len(of_a), np.int64)
+            to[at_a] = at_b
+            partner = to[place]
         other_rows = of_b.row[partner]
 
         def work(i: int, j: int) -> None:

@@ -14,15 +14,14 @@ from numpy.typing import NDArray
 
 from iokeep.mem.memory import I64, U8, U64
 from iokeep.pt.digest import Digest, fold
-from iokeep.pt.formats.base import Format, LevelSpec
+from iokeep.pt.formats.base import LevelSpec
+from iokeep.pt.memo import Memo
 from iokeep.pt.tables import TableMemory, Upper, leaves_of
 
 #: so many tables are read at once by NumPy: they stay in the second cache with what is made of them
 _FEW = 64
-#: what an item grants and whether its OA is not its own, by format, item and what is granted above; the
-#: formats are kept so that an id stands for one
-_KNOWN: dict[tuple[int, int, int], tuple[Format, int, bool]] = {}
-_MOST_KNOWN = 1024
+#: what an item grants and whether its OA is not its own: by item and what is granted above
+_KNOWN: Memo[tuple[int, bool]] = Memo(1024)
 
 
 def _masks(spec: LevelSpec) -> U64:
@@ -45,15 +44,16 @@ def _grants(tm: TableMemory, head: U64, above: U8) -> tuple[U8, NDArray[np.bool_
         key = head & np.uint64(same)
         if bool((key == key[0]).all()) and bool((above == above[0]).all()):
             # What decides is the same in all, as in most tables.
-            place = id(tm.fmt), int(key[0]), int(above[0])
-            if place not in _KNOWN:
-                if len(_KNOWN) >= _MOST_KNOWN:
-                    _KNOWN.clear()
-                grant, code = _each(tm, key[:1], above[:1])
-                _KNOWN[place] = tm.fmt, int(grant[0]), bool(code[0])
-            _, one, coded = _KNOWN[place]
+            place = int(key[0]), int(above[0])
+            one, coded = _KNOWN.get(tm.fmt, place, lambda: _alone(tm, key[:1], above[:1]))
             return np.full(len(head), one, np.uint8), np.full(len(head), coded)
     return _each(tm, head, above)
+
+
+def _alone(tm: TableMemory, head: U64, above: U8) -> tuple[int, bool]:
+    """:func:`_grants` of one item."""
+    grant, coded = _each(tm, head, above)
+    return int(grant[0]), bool(coded[0])
 
 
 def _each(tm: TableMemory, head: U64, above: U8) -> tuple[U8, NDArray[np.bool_]]:
