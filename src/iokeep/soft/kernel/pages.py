@@ -9,7 +9,7 @@ unpinned. Nothing else is trusted, so a wrong table does its damage.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -395,12 +395,7 @@ class Area:
                 domain.unmap(self.iova, self.last)
             self.pages.kernel.frames.unpin(pinned)
             raise
-        self.store(domains[0])
-        try:
-            self.pages.charge()
-        except SysError:
-            self.unfill(domains)
-            raise
+        self._stored(domains[0], lambda: self.unfill(domains))
 
     def fill_more(self, domain: Domain) -> None:
         """Map the area in one more domain (iopt_area_fill_domain); pins if no domain stores the PFNs yet.
@@ -415,12 +410,7 @@ class Area:
             raise
         if self.storage is not None:
             return
-        self.store(domain)
-        try:
-            self.pages.charge()
-        except SysError:
-            self.unfill_last(domain)
-            raise
+        self._stored(domain, lambda: self.unfill_last(domain))
 
     def fill_adopted(self, domain: Domain) -> None:
         """Pin the pages for a domain whose table maps them already: the domain becomes their storage.
@@ -430,14 +420,13 @@ class Area:
         _, pinned = self.pages.acquire(self.first_page, self.last_page)
         if self.storage is not None:
             return
-        self.store(domain)
-        try:
-            self.pages.charge()
-        except SysError:
+
+        def undo() -> None:
             del self.pages.stored[id(self)]
             self.storage = None
             self.pages.kernel.frames.unpin(pinned)
-            raise
+
+        self._stored(domain, undo)
 
     def fill_deferred(self, domain: Domain) -> None:
         """``domain`` maps the pages already, as it will be proved: it becomes their storage, and no page is
@@ -458,6 +447,15 @@ class Area:
     def pinned(self) -> list[Range]:
         """Numbers of the pages that are pinned for this area, or were when it was stored."""
         return self.lazy.outside(self.first_page, self.last_page)
+
+    def _stored(self, domain: Domain, undo: Callable[[], None]) -> None:
+        """:meth:`store` of pinned pages, which are charged for. :raises SysError: ENOMEM; after ``undo``."""
+        self.store(domain)
+        try:
+            self.pages.charge()
+        except SysError:
+            undo()
+            raise
 
     def store(self, domain: Domain) -> None:
         """``domain`` keeps the PFNs of this area from now on."""
