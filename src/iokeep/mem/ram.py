@@ -27,7 +27,8 @@ class RamRows:
     def index(self, pas: U64) -> I64:
         """See :meth:`iokeep.mem.memory.Rows.index`."""
         rows: I64 = (pas >> np.uint64(self.row_bytes.bit_length() - 1)).view(np.int64)
-        rows[rows >= len(self.data)] = -1
+        if len(rows) and int(rows.max()) >= len(self.data):
+            rows[rows >= len(self.data)] = -1
         return rows
 
 

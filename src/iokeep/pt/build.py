@@ -54,15 +54,11 @@ class AlreadyMapped(ValueError):
 
 @dataclass(slots=True)
 class _Needed:
-    """Tables of one level that a map goes through: sorted keys, pas and rows (-1: to be allocated); the
-    position of the table above each, and the item there that points to it.
-    """
+    """Tables of one level that a map goes through: sorted keys, pas and rows (-1: to be allocated)."""
 
     key: U64
     pa: U64
     row: I64
-    above: I64
-    index: I64
 
 
 class Table:
@@ -130,7 +126,11 @@ class Table:
         rows = self._row_of[level]
         row = rows.get(pa)
         if row is None:
-            row = int(self._rows(level, np.array([pa], np.uint64))[0])
+            view, size = self._views[level], self.fmt.bytes_of(level)
+            if view.linear and pa % size == 0 and pa // size < len(view.data):
+                row = pa // size
+            else:
+                row = int(self._rows(level, np.array([pa], np.uint64))[0])
             if len(rows) >= 1 << 16:
                 rows.clear()
             rows[pa] = row
@@ -520,21 +520,16 @@ class Table:
         # The lowest first: what hardware can reach is complete at every moment.
         for level, new in enumerate(missing[:-1]):
             if len(new):
-                at = needed[level]
-                above, index, pa = at.above, at.index, at.pa
-                if len(new) != len(pa):
-                    above, index, pa = above[new], index[new], pa[new]
-                words, row, made = (
-                    self._words[level + 1],
-                    needed[level + 1].row,
-                    fmt.table_items(level + 1, pa),
-                )
-                if loaded("fill") and words.dtype == made.dtype:
+                at, above, bits = needed[level], needed[level + 1], fmt.levels[level + 1].index_bits
+                key, pa = (at.key, at.pa) if len(new) == len(at.key) else (at.key[new], at.pa[new])
+                words, items = self._words[level + 1], fmt.table_items(level + 1, pa)
+                if loaded("fill") and words.dtype == items.dtype and _in_line(above.key):
                     from iokeep.pt import fill
 
-                    fill.link(words, row, above, index, made)
+                    fill.link(words, above.row, key, above.key[0], np.uint64(bits), items)
                 else:
-                    words.reshape(-1)[row[above] * fmt.levels[level + 1].items + index] = made
+                    of, index = _above(key, above.key, bits)
+                    words[above.row[of], index] = items
 
     def _needed(self, keys: list[U64]) -> list[_Needed]:
         """Tables of every level on the way to those with the sorted ``keys``, per level.
@@ -546,15 +541,14 @@ class Table:
             up = _shifted(keys[level], fmt.levels[level + 1].index_bits)
             keys[level + 1] = unique(keys[level + 1], up) if len(keys[level + 1]) else up
         root = np.array([self.root_pa], np.uint64)
-        none = np.zeros(1, np.int64)
-        out = [_Needed(np.zeros(1, np.uint64), root, self._rows(fmt.top_level, root), none, none)]
+        out = [_Needed(np.zeros(1, np.uint64), root, self._rows(fmt.top_level, root))]
         for level in range(fmt.top_level - 1, -1, -1):
             above, key = out[0], keys[level]
-            of, index = _above(key, above.key, fmt.levels[level + 1].index_bits)
             pa, row = np.zeros(len(key), np.uint64), np.full(len(key), -1, np.int64)
+            out.insert(0, _Needed(key, pa, row))
             if bool((above.row < 0).all()):
-                out.insert(0, _Needed(key, pa, row, of, index))
                 continue
+            of, index = _above(key, above.key, fmt.levels[level + 1].index_bits)
             parent = above.row[of]
             linked = np.flatnonzero(parent >= 0)
             item = self._load(level + 1, parent[linked], index[linked])
@@ -568,7 +562,6 @@ class Table:
                 )
             pa[linked] = self._below(level + 1, item)
             row[linked] = self._rows(level, pa[linked])
-            out.insert(0, _Needed(key, pa, row, of, index))
         return out
 
     def _check_free(self, seg: Segments, needed: _Needed) -> list[tuple[int, U64]]:

@@ -33,10 +33,15 @@ def _ramps(words: U64, row: I64, first: U64, ramp: U64) -> None:
 
 
 @compiled
-def link(words: U64, row: I64, above: I64, index: I64, items: U64) -> None:
-    """Item index[k] of the table in row[above[k]] becomes items[k]. :param words: uint64[rows, items]."""
+def link(words: U64, row: I64, key: U64, low: np.uint64, bits: np.uint64, items: U64) -> None:
+    """Each table's item in the table above becomes items[k].
+
+    :param words: uint64[rows, items]. :param row: of the tables above, whose keys are in a line from ``low``
+        on. :param key: of each table; the last ``bits`` of it are the item's number.
+    """
     for k in range(len(items)):
-        words[row[above[k]]][index[k]] = items[k]
+        up = key[k] >> bits
+        words[row[up - low]][key[k] - (up << bits)] = items[k]
 
 
 @compiled
