@@ -91,7 +91,7 @@ def test_every_job_runs_and_is_right(fmt, started):
     assert methods == {"limit", "inputs", "iokeep", "numpy", "c_walk", "c_table"}
     assert {r["method"] for r in rows} <= set(METHODS)
     methods = {r["method"] for r in rows if r["job"] == "build" and r["layout"] == "random-4k"}
-    assert methods == {"limit", "memset", "inputs", "frames", "iokeep", "numpy"}
+    assert methods == {"limit", "zeros", "inputs", "frames", "iokeep", "numpy"}
     for row in rows:
         assert row["ms_least"] <= row["ms"] <= row["ms_most"]
         assert (row["split"] is None) == (row["job"] not in POLICIES or row["method"] == "limit")

@@ -25,7 +25,7 @@ JOBS = {
     "expect": "the digest that the areas must give; no table is read",
     "extents": "the canonical extents of the tables",
     "diff": "two tables of the same translations, compared",
-    "build": "the tables written anew into memory that is there; the limit is to fill them with one word",
+    "build": "the tables written anew into memory that is there; the limit is memset of the same",
     "rebuild": "policy rebuild: new tables from the areas, compared with the prior ones",
     "adopt": "policy adopt: the prior tables validated against the areas",
     "deferred-start": "policy deferred: adopted at once; first use of 2 MiB, then the sweep",
@@ -36,9 +36,9 @@ JOBS = {
 POLICIES = ("rebuild", "adopt", "deferred-start", "sealed-start", "trust")
 #: what a job is done by, and what it is measured by; which of them depends on the job
 METHODS = {
-    "limit": "the tables of leaves, read once; for build: filled with one word",
+    "limit": "the tables of leaves, read once; for build: memset, of a byte other than 0",
     "inputs": "the tables of leaves as for the limit, and the expectation, read once",
-    "memset": "the tables of leaves, cleared by the C library",
+    "zeros": "memset of zeros, for which some processors have a way that no data can take",
     "frames": "the engine, compiled, given a list of pages instead of extents",
     "iokeep": "the engine, compiled",
     "numpy": "the engine by NumPy alone",

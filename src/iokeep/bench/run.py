@@ -35,8 +35,8 @@ from iokeep.pt.verify import verify
 SCHEMA = "iokeep.bench-v1"
 _KEY = bytes(range(16))
 _SCALE = 16 << 40
-#: any word that is not 0, which some processors write in a way of its own
-_WORD = 0x5A5A5A5A5A5A5A5A
+#: any byte but 0, which some processors write in a way of its own
+_BYTE = 0x5A
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +100,9 @@ def _methods(
     elif case.job == "build":
         pages = np.unique(np.concatenate(upper.pages))
         again = partial(_build_again, built, pages)
-        filled = partial(_fill, built, upper.row)
+        filled = partial(_memset, built, upper.row, _BYTE)
         methods["limit"] = filled
-        methods["memset"] = partial(_memset, built, upper.row)
+        methods["zeros"] = partial(_memset, built, upper.row, 0)
         if case.layout == "random-4k":
             # What is read is three times what is written: no map of extents is faster than both.
             methods["inputs"] = inputs(filled, e)
@@ -137,15 +137,10 @@ def _leaf_tables(built: Built, rows: I64) -> U64:
     return words[int(rows.min()) : int(rows.max()) + 1]
 
 
-def _fill(built: Built, rows: I64) -> None:
-    """Fill the tables of level 0 with one word, by plain stores."""
-    _leaf_tables(built, rows).fill(_WORD)
-
-
-def _memset(built: Built, rows: I64) -> None:
-    """The C library's memset of the same: zeros, by whatever means the processor has for one byte."""
+def _memset(built: Built, rows: I64, byte: int) -> None:
+    """The C library's memset of the tables of level 0."""
     words = _leaf_tables(built, rows)
-    ctypes.memset(words.ctypes.data, 0, words.nbytes)
+    ctypes.memset(words.ctypes.data, byte, words.nbytes)
 
 
 def _clear_all(built: Built) -> None:
