@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The way down where nothing is out of the ordinary, compiled; imported only where Numba is.
 
-:func:`straight` says what ``tables.descend`` says of a tree whose items above level 0 are all as Linux writes
-them: tables, down to level 0. Of any other tree it says nothing.
+:func:`straight` goes down from the root as long as all items of a level are zero or as Linux writes those
+that point to a table one level below: mostly to level 0. ``tables.descend`` goes on from there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from iokeep.mem.memory import I64, U64
 from iokeep.pt.formats.base import Format
 from iokeep.pt.kernels import compiled
 from iokeep.pt.memo import Memo
-from iokeep.pt.tables import SHARED_LIMIT, Items, Problems, TableMemory, Upper, distinct
+from iokeep.pt.tables import SHARED_LIMIT, Down, TableMemory, distinct
 
 _ZERO = np.uint64(0)
 _ONE = np.uint64(1)
@@ -50,6 +50,8 @@ def _below(
             count += there
             odd |= (item ^ want) & (_ZERO - there)
         total += count
+        if odd & same != _ZERO:
+            break
     n = int(np.int64(total))
     if odd & same != _ZERO or n > most:
         return -1, np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.int64)
@@ -124,8 +126,8 @@ def _levels(fmt: Format) -> list[U64] | None:
 _LEVELS: Memo[list[U64] | None] = Memo(64)
 
 
-def straight(tm: TableMemory, root_pa: int) -> Upper | None:
-    """What ``tables.descend`` says of the whole tree; None = it is for that to say.
+def straight(tm: TableMemory, root_pa: int) -> Down | None:
+    """As far down as the tree is so; None = its format is none for this.
 
     :raises MemoryAbsent, InputError: the root is absent, or not aligned.
     """
@@ -147,8 +149,7 @@ def straight(tm: TableMemory, root_pa: int) -> Upper | None:
         base = np.arange(parts, dtype=np.uint64) * np.uint64(data.shape[1] << fmt.levels[top].shift)
     number = root_pa // size
     numbers = [np.arange(number, number + max(fmt.root_bytes // size, 1), dtype=np.uint64)]
-    pages = [np.array([root_pa], np.uint64)]
-    bases, prots = [np.zeros(1, np.uint64)], [np.full(1, 3, np.uint8)]
+    down = Down(top, row[:1], [np.array([root_pa], np.uint64)], [base[:1]], [np.full(1, 3, np.uint8)])
     most = tm.capacity + SHARED_LIMIT
     for level in range(top, 0, -1):
         served = sum(len(some) for some in numbers)
@@ -158,19 +159,18 @@ def straight(tm: TableMemory, root_pa: int) -> Upper | None:
         rows = len(tm.rows.data) if tm.rows.linear else 0
         n, base, pa, row = _below(data, row, base, levels[level], seen, most, rows)
         if n < 0:
-            return None
+            break
         if not rows:
             row = tm.index(level - 1, pa)
             if bool((row < 0).any()):
-                return None
+                break
         if n > SHARED_LIMIT and n - distinct(row) > SHARED_LIMIT:
-            return None
+            break
         data = tm.rows.data.view(np.uint64)
         if level > 1:
             numbers.append(pa >> levels[level][5])
-        pages.append(pa)
-        bases.append(base)
-        prots.append(np.full(n, 3, np.uint8))
-    straight_down = frozenset(range(1, top + 1))
-    none = Items.join([]), Problems()
-    return Upper(none[0], base, pa, row, prots[-1], none[1], pages, bases, prots, straight_down)
+        down.level, down.row = level - 1, row
+        down.pages.append(pa)
+        down.bases.append(base)
+        down.prots.append(np.full(n, 3, np.uint8))
+    return down

@@ -484,8 +484,24 @@ def _classify(
 
 #: which of some tables hold nothing but leaves that are known already
 Known = Callable[[Tables], NDArray[np.bool_]]
-#: what :func:`descend` says of a whole tree, or None (``descent.straight``)
-Straight = Callable[[TableMemory, int], "Upper | None"]
+
+
+@dataclass(slots=True)
+class Down:
+    """The way down to the tables of ``level``, whose ``row`` int64[n] these are: per level, the root's first,
+    ``pages``, ``bases`` and ``prots`` of :class:`Upper`.
+    """
+
+    level: int
+    row: I64
+    pages: list[U64]
+    bases: list[U64]
+    prots: list[U8]
+
+
+#: the way down from a root as far as all is as Linux writes it; None = the format is none for this
+#: (``descent.straight``)
+Straight = Callable[[TableMemory, int], "Down | None"]
 #: bits of a page number that a filter of pages knows
 _FILTER = 16
 
@@ -598,21 +614,22 @@ def descend(
     """
     fmt = tm.fmt
     whole = start == 0 and last is None
-    if whole and straight is not None:
-        upper = straight(tm, root_pa)
-        if upper is not None:
-            return upper
     end = (1 << fmt.input_lg2) - 1 if last is None else last
+    down = straight(tm, root_pa) if whole and straight is not None else None
+    if down is None:
+        root, none = np.array([root_pa], np.uint64), np.full(1, -1, np.int64)
+        down = Down(fmt.top_level, none, [root], [np.zeros(1, np.uint64)], [np.full(1, 3, np.uint8)])
+    first, row, pages, bases, prots = down.level, down.row, down.pages, down.bases, down.prots
+    pa, base, prot = pages[-1], bases[-1], prots[-1]
     #: per level: its tables, from each level above
     waiting: list[list[tuple[int, _Below]]] = [[] for _ in fmt.levels]
-    base, pa, prot = np.zeros(1, np.uint64), np.array([root_pa], np.uint64), np.full(1, 3, np.uint8)
-    row: I64 = np.full(1, -1, np.int64)
-    pages, bases, prots = [pa], [base], [prot]
-    seen = units_of(tm, fmt.top_level, pa)
+    seen = pa  # of all levels from here up, sorted
+    if first:
+        seen = unique(*(units_of(tm, n, pages[fmt.top_level - n]) for n in range(first, fmt.top_level + 1)))
     leaves: list[Items] = []
     problems: list[Problems] = []
     limit = tm.capacity + SHARED_LIMIT
-    for level in range(fmt.top_level, 0, -1):
+    for level in range(first, 0, -1):
         above = base, pa, prot, row
         if known is not None and whole and not problems:
             above = _unknown(tm, level, above, known)
@@ -656,7 +673,8 @@ def descend(
         tm.root(root_pa)
         row = tm.index(0, pa)
     upper_leaves = Items.join(leaves, sort=len(leaves) > 1)
-    return Upper(upper_leaves, base, pa, row, prot, Problems.join(problems), pages, bases, prots)
+    alike = frozenset(range(first + 1, fmt.top_level + 1))
+    return Upper(upper_leaves, base, pa, row, prot, Problems.join(problems), pages, bases, prots, alike)
 
 
 def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
