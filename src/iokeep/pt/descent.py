@@ -72,11 +72,11 @@ def _below(
                 continue
         for i in range(size):
             item = table[i]
-            if item != _ZERO:
+            if item != _ZERO and filled < n:  # more than were counted: somebody writes
                 iovas[filled] = start + (i << shift)
                 pas[filled] = (item & pa_mask) << pa_shift
                 filled += 1
-    unsound = False
+    unsound = filled != n
     spread = np.uint64(len(seen) - 1)
     for k in range(n):
         number = pas[k] >> lg2
