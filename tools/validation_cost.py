@@ -42,7 +42,7 @@ _LATER = "--job deferred-start --job sealed-start"
 _BOTH = "--format vtdss --format arm_lpae_s2 --layout contiguous --tables shuffled"
 _VTD = "--format vtdss --tables shuffled"
 _QUIET = "--no-peers --quiet --json"
-#: what is run, in this order; the last needs 10 GiB of memory
+#: what is run, in this order; that of 4 TiB needs 10 GiB of memory
 COMMANDS = (
     f"iokeep bench run {_LATER} {_VTD} --layout scattered-2m --leaf 2M"
     f" --size 8M --size 128M --size 2G --size 32G --size 512G --size 4T --repeat 5 {_QUIET}",
@@ -53,6 +53,8 @@ COMMANDS = (
     f"iokeep bench run {_ALL} {_BOTH} --size 1T --repeat 3 {_QUIET}",
     f"iokeep bench run --job adopt {_LATER} --job trust {_VTD}"
     f" --layout contiguous --size 4T --repeat 3 {_QUIET}",
+    "iokeep bench run --job verify --job digest --job diff --job extents --job build --format vtdss"
+    f" --format arm_lpae_s2 --layout contiguous --layout random-4k --size 64G --repeat 7 {_QUIET}",
 )
 #: where DIR is a Linux source tree
 WALK = (
@@ -478,6 +480,38 @@ def _areas(m: Measured) -> str:
     return table(("areas", "guest", "sealed: digest of the areas", "per area", "deferred"), rows)
 
 
+#: job, layout, method, what it is measured by -> what the row is called
+_JOBS = {
+    ("verify", "contiguous", "iokeep", "limit"): "verify, one area",
+    ("verify", "random-4k", "iokeep", "inputs"): "verify, each page anywhere, of reading tables and areas",
+    ("digest", "contiguous", "iokeep", "limit"): "digest, one area",
+    ("digest", "random-4k", "iokeep", "limit"): "digest, each page anywhere",
+    ("diff", "contiguous", "iokeep", "limit"): "diff, one area, of reading both",
+    ("diff", "random-4k", "iokeep", "limit"): "diff, each page anywhere, of reading both",
+    ("extents", "contiguous", "iokeep", "limit"): "extents, one area",
+    ("extents", "random-4k", "iokeep", "limit"): "extents, each page anywhere",
+    ("build", "contiguous", "iokeep", "limit"): "build, one area, of memset",
+    ("build", "random-4k", "frames", "limit"): "build, each page anywhere, from a list of pages, of memset",
+    ("build", "random-4k", "iokeep", "inputs"): "build, each page anywhere, of reading areas and memset",
+}
+
+
+def _jobs(m: Measured) -> str:
+    kinds = [(fmt, order) for fmt in ("vtdss", "arm_lpae_s2") for order in ("sequential", "shuffled")]
+    lines = []
+    for (job, layout, method, measure_by), name in _JOBS.items():
+        cells = [name]
+        for fmt, order in kinds:
+            what = {"layout": layout, "format": fmt, "tables": order}
+            row = _must(m.at(job, method, 64 * GIB, **what))
+            base = _must(m.at(job, measure_by, 64 * GIB, **what))
+            cells.append(
+                f"{duration(row['ms'] / (row['mapped_bytes'] >> 12))}, {percent(base['ms'] / row['ms'])}"
+            )
+        lines.append(cells)
+    return table(("64 GiB in 4K pages", *(f"{fmt}, {order}" for fmt, order in kinds)), lines)
+
+
 def _walks(m: Measured, mapped: int) -> Iterator[tuple[Row, Row, dict[str, Row]]]:
     """Of each case of a size: the row of ``iova_to_phys``, that of the engine, and all of them by method."""
     cases: dict[tuple[str, ...], dict[str, Row]] = {}
@@ -521,7 +555,7 @@ def _start_up(m: Measured) -> str:
         "compiled": "Numba, its compiled code from the cache (`adopt`, `rebuild` from a certain size on)",
         "compile": "the same with an empty cache, once per machine",
     }
-    ups = [run["start_up_ms"] for run in m.runs]
+    ups = [run["start_up_ms"] for run in m.runs if run["start_up_ms"]]
     return table(
         ("start-up of a process", "time"),
         [(text, duration(median(u[k] for u in ups))) for k, text in names.items()],
@@ -552,6 +586,7 @@ MADE: dict[str, Callable[[Measured], str]] = {
     "layouts": _layouts,
     "areas": _areas,
     "start-up": _start_up,
+    "jobs": _jobs,
     "iova_to_phys": _walk,
     "kernel": _kernel,
     "again": _again,
