@@ -482,6 +482,7 @@ def _areas(m: Measured) -> str:
 
 #: job, layout, method, what it is measured by -> what the row is called
 _JOBS = {
+    ("verify", "contiguous", "sweep", "limit"): "the sweep of verify alone, one area",
     ("verify", "contiguous", "iokeep", "limit"): "verify, one area",
     ("verify", "random-4k", "iokeep", "inputs"): "verify, each page anywhere, of reading tables and areas",
     ("digest", "contiguous", "iokeep", "limit"): "digest, one area",

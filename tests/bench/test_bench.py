@@ -88,7 +88,7 @@ def test_every_job_runs_and_is_right(fmt, started):
         assert set(row) == KEYS
         assert row["mapped_bytes"] == SIZE
     methods = {r["method"] for r in rows if r["job"] == "verify"}
-    assert methods == {"limit", "inputs", "iokeep", "numpy", "c_walk", "c_table"}
+    assert methods == {"limit", "inputs", "iokeep", "sweep", "numpy", "c_walk", "c_table"}
     assert {r["method"] for r in rows} <= set(METHODS)
     methods = {r["method"] for r in rows if r["job"] == "build" and r["layout"] == "random-4k"}
     assert methods == {"limit", "zeros", "inputs", "frames", "iokeep", "numpy"}

@@ -41,6 +41,7 @@ METHODS = {
     "zeros": "memset of zeros, for which some processors have a way that no data can take",
     "frames": "the engine, compiled, given a list of pages instead of extents",
     "iokeep": "the engine, compiled",
+    "sweep": "the compiled loop of verify alone, one thread: what it is given was found before",
     "numpy": "the engine by NumPy alone",
     "c_walk": "C that walks from the root for each page",
     "c_table": "C that compares table by table",

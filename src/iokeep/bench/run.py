@@ -29,8 +29,8 @@ from iokeep.pt.diff import diff, normalised
 from iokeep.pt.digest import digest_extents
 from iokeep.pt.leaves import extents
 from iokeep.pt.table_digest import digest
-from iokeep.pt.tables import TableMemory, descend
-from iokeep.pt.verify import verify
+from iokeep.pt.tables import TableMemory, Tables, descend
+from iokeep.pt.verify import entries_of, verify
 
 SCHEMA = "iokeep.bench-v1"
 _KEY = bytes(range(16))
@@ -67,6 +67,8 @@ def _methods(
         methods["numpy"] = lambda: must(check(compiled=False).equal)
         if case.layout == "random-4k":
             methods["inputs"] = inputs(methods["limit"], e)
+        elif case.leaf == "4K":
+            methods["sweep"] = _sweep(built, upper.tables(fmt))
         if peers is not None:
             methods["c_walk"] = lambda: must(peers.walk_pages(fmt, ram, root, e) == 0)
             if case.leaf == "4K" and case.layout != "random-4k":
@@ -110,6 +112,24 @@ def _methods(
         methods["iokeep"] = partial(again, True, threads)
         methods["numpy"] = partial(again, False, 1)
     return methods, size
+
+
+def _sweep(built: Built, tables: Tables) -> Method:
+    """The compiled loop of ``verify`` over tables of level 0 that hold one run each; what they must hold and
+    their order in memory are found before.
+    """
+    from iokeep.pt.kernels import in_memory_order
+    from iokeep.pt.sweep import Plan
+
+    plan = Plan(_memory(built), tables, built.extents, entries_of(built.fmt, 0))
+    place, rows = in_memory_order(tables.row)
+    columns = rows, plan.kind[place], plan.word[place], plan.entry[place], np.zeros(len(rows), np.uint8)
+
+    def run() -> None:
+        plan.runs(*columns)
+        must(bool(columns[-1].view(np.bool_).all()))
+
+    return run
 
 
 def _memory(built: Built) -> TableMemory:
